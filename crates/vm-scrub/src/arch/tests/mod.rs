@@ -1,0 +1,69 @@
+//! One table of cases for every loop.
+//!
+//! The loops differ in their instructions and must not differ in anything else, so the cases are written once and
+//! instantiated for each. A loop that this processor can't run says so where nobody can overlook it.
+
+mod cases;
+mod guarded;
+mod handles;
+
+use std::io::Write;
+
+/// Says on the terminal, past the capture of the test harness, that a loop was not tested.
+fn skipped(name: &str) {
+    let line = format!("\n*** SKIPPED: the loop `{name}` is not available on this processor ***\n");
+    // Nothing can be done about a closed standard error.
+    let _ = std::io::stderr().write_all(line.as_bytes());
+}
+
+macro_rules! zero_tests {
+    ($($module:ident: $loop:ty,)*) => {$(
+        mod $module {
+            #[test]
+            fn writes_zeros_exactly_where_it_is_told() {
+                let Some(zero) = <$loop>::new() else {
+                    return super::skipped(<$loop>::NAME);
+                };
+                assert!(<$loop>::is_available());
+                // SAFETY: the cases only pass ranges inside a buffer of their own.
+                super::cases::zeroing(|ptr, len| unsafe { zero.zero(ptr, len) });
+            }
+        }
+    )*};
+}
+
+macro_rules! verify_tests {
+    ($($module:ident: $loop:ty,)*) => {$(
+        mod $module {
+            #[test]
+            fn finds_the_first_byte_that_is_not_zero() {
+                let Some(verify) = <$loop>::new() else {
+                    return super::skipped(<$loop>::NAME);
+                };
+                assert!(<$loop>::is_available());
+                // SAFETY: the cases only pass ranges inside an initialised buffer of their own.
+                super::cases::verification(|ptr, len| unsafe { verify.first_nonzero(ptr, len) });
+            }
+        }
+    )*};
+}
+
+zero_tests! {
+    zero_portable: crate::arch::all::portable::Zero,
+}
+
+verify_tests! {
+    verify_portable: crate::arch::all::portable::Verify,
+}
+
+#[cfg(target_arch = "x86_64")]
+zero_tests! {
+    zero_rep_stosb: crate::arch::x86_64::rep_stosb::Zero,
+}
+
+#[cfg(target_arch = "x86_64")]
+verify_tests! {
+    verify_sse2: crate::arch::x86_64::sse2::Verify,
+    verify_avx2: crate::arch::x86_64::avx2::Verify,
+    verify_avx512: crate::arch::x86_64::avx512::Verify,
+}

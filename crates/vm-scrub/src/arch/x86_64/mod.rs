@@ -1,0 +1,6 @@
+//! Loops for x86-64, one file for each instruction set.
+
+pub mod avx2;
+pub mod avx512;
+pub mod rep_stosb;
+pub mod sse2;
