@@ -1,0 +1,105 @@
+//! Hugetlb memory: a file with two views. The arena is one, a guest's window the other.
+//!
+//! Pages stay where they are in the file; granting adds a view and revoking replaces it with inaccessible address space.
+//! The file's descriptor never leaves this module, so there are no other views.
+
+use super::{Backing, Revocation, Revoked, Window, WindowSpace, keep_private};
+use crate::scrub::{HostPtr, Residency};
+use crate::sys::{self, hugetlb, map};
+use std::fs::File;
+use std::ops::Range;
+use std::os::fd::AsFd;
+
+/// Why a hugetlb arena could not be made.
+#[derive(Debug)]
+pub(crate) enum HugetlbError {
+    /// The host has fewer free pages than were asked for; how many, where it says.
+    NoPages { free: Option<u64> },
+    /// Something else failed.
+    Sys(sys::Error),
+}
+
+/// All memory of a pool as one file in hugetlb memory, and the pool's own view of it.
+#[derive(Debug)]
+pub(crate) struct HugetlbArena {
+    // Dropped before the file: the view goes first.
+    _view: Window,
+    base: HostPtr,
+    file: File,
+    resident: bool,
+}
+
+impl HugetlbArena {
+    /// Makes and maps a file of `len` bytes (a multiple of 2 MiB); the kernel reserves its pages now or this fails.
+    ///
+    /// `resident` says that the caller is going to populate the arena: windows are then populated when they are granted.
+    pub(crate) fn map(len: usize, resident: bool) -> Result<Self, HugetlbError> {
+        let file = hugetlb::memfd_2m(len as u64).map_err(|error| match error.errno() {
+            // A kernel without hugetlb, or without this page size.
+            Some(libc::EINVAL | libc::ENODEV | libc::ENOENT) => {
+                HugetlbError::NoPages { free: None }
+            }
+            _ => HugetlbError::Sys(error),
+        })?;
+        let view = WindowSpace::new(0).open(len).map_err(HugetlbError::Sys)?;
+        let base = view.start();
+        // SAFETY: the window is a fresh reservation of this length that nobody else knows.
+        unsafe {
+            map::map_shared(base.0, len, file.as_fd(), 0).map_err(|error| match error.errno() {
+                // The reservation of pages fails with ENOMEM when there are too few.
+                Some(libc::ENOMEM) => HugetlbError::NoPages {
+                    free: hugetlb::free_2m_pages(),
+                },
+                _ => HugetlbError::Sys(error),
+            })?;
+            keep_private(base.0, len);
+        }
+        Ok(Self {
+            _view: view,
+            base,
+            file,
+            resident,
+        })
+    }
+}
+
+impl Backing for HugetlbArena {
+    fn arena(&self) -> HostPtr {
+        self.base
+    }
+
+    fn revocation(&self) -> Revocation {
+        Revocation::ViewReplaced
+    }
+
+    unsafe fn grant(&self, offset: usize, window: *mut u8, len: usize) -> sys::Result<()> {
+        // SAFETY: the caller says that the range is free and that the window is closed and of this length.
+        let granted = unsafe {
+            map::map_shared(window, len, self.file.as_fd(), offset as u64).and_then(|()| {
+                keep_private(window, len);
+                if self.resident {
+                    // The pages are there; this fills in the window's page tables, so that the guest takes no faults.
+                    map::populate(window, len)?;
+                }
+                Ok(())
+            })
+        };
+        if granted.is_err() {
+            // SAFETY: the window is ours and nobody has seen it.
+            unsafe { map::make_inaccessible(window, len) }?;
+        }
+        granted
+    }
+
+    unsafe fn revoke(&self, _offset: usize, window: *mut u8, len: usize) -> sys::Result<Revoked> {
+        // SAFETY: the caller says that the window is this range's and that nobody holds references into it.
+        unsafe { map::make_inaccessible(window, len) }?;
+        Ok(Revoked(()))
+    }
+
+    /// Everything counts: the kernel tells which pages of a view are mapped, and not which pages of the file exist. A guest
+    /// page that was discarded from its view (`MADV_DONTNEED`) is unmapped and still holds its bytes.
+    fn residency(&self, range: Range<usize>) -> sys::Result<Residency> {
+        Ok(Residency::all(range))
+    }
+}

@@ -1,0 +1,99 @@
+//! How bytes change hands between the pool and a guest.
+//!
+//! A backing owns all memory of one pool and shows it at one private place, the *arena*, which only the scrubber uses. It
+//! can grant a range of the arena to a guest's [`Window`] and take it back. Ranges are byte offsets into the arena; whoever
+//! calls decides which ranges are free: nothing here keeps accounts.
+
+mod anonymous;
+mod hugetlb;
+mod window;
+
+pub(crate) use anonymous::AnonymousArena;
+pub(crate) use hugetlb::{HugetlbArena, HugetlbError};
+pub(crate) use window::{Window, WindowSpace};
+
+use crate::BLOCK_SIZE;
+use crate::scrub::{HostPtr, Residency};
+use crate::sys::{self, map};
+use std::fmt::Debug;
+use std::ops::Range;
+
+/// [`BLOCK_SIZE`] as a length in this address space.
+pub(crate) const BLOCK: usize = BLOCK_SIZE as usize;
+
+/// How a range was taken away from a guest, and so what that proves.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(feature = "serde", serde(rename_all = "kebab-case"))]
+#[non_exhaustive]
+pub enum Revocation {
+    /// `mremap(2)` moved the pages out of the guest's window in one step. No address in the process that belonged to the
+    /// guest reaches them any more. Pages pinned for DMA stay pinned: that no device still writes is the VMM's word.
+    Mremap,
+    /// The guest's view of the hugetlb file was replaced by inaccessible address space in one step. What it proves is what
+    /// [`Revocation::Mremap`] proves.
+    ViewReplaced,
+}
+
+/// Proof that a range has left its guest's window. Made by [`Backing::revoke`] only.
+#[derive(Debug)]
+pub(crate) struct Revoked(());
+
+/// Memory that can be shown to one guest at a time.
+pub(crate) trait Backing: Debug + Send + Sync {
+    /// Where the arena begins. Aligned to [`BLOCK`].
+    fn arena(&self) -> HostPtr;
+
+    /// How this backing takes memory away from a guest.
+    fn revocation(&self) -> Revocation;
+
+    /// Shows `[offset, offset + len)` of the arena at `window`.
+    ///
+    /// On failure the range is still the arena's alone.
+    ///
+    /// # Safety
+    /// The range must be free, and `window` must be a closed part of a [`Window`] of the same length.
+    unsafe fn grant(&self, offset: usize, window: *mut u8, len: usize) -> sys::Result<()>;
+
+    /// Takes `[offset, offset + len)` back from `window`, which is inaccessible afterwards.
+    ///
+    /// On failure it is unknown who can reach the range.
+    ///
+    /// # Safety
+    /// The range must have been granted at `window`, and nobody may hold a Rust reference into it.
+    unsafe fn revoke(&self, offset: usize, window: *mut u8, len: usize) -> sys::Result<Revoked>;
+
+    /// Which pages of `range` can hold data. Everything that is not known to be empty counts.
+    fn residency(&self, range: Range<usize>) -> sys::Result<Residency>;
+
+    /// Faults in `range` of the arena.
+    fn populate(&self, range: Range<usize>) -> sys::Result<()> {
+        // SAFETY: the arena is mapped writable and belongs to this backing.
+        unsafe { map::populate(self.arena().at(range.start), range.len()) }
+    }
+}
+
+/// Keeps `[address, address + len)` out of core dumps, forked children and page merging, where the kernel can.
+///
+/// A refusal is logged and not an error: kernels are built without KSM, and then nothing is ever merged.
+///
+/// # Safety
+/// The range must belong to the caller.
+unsafe fn keep_private(address: *mut u8, len: usize) {
+    use crate::sys::map::Advice;
+    for advice in [Advice::DontFork, Advice::DontDump, Advice::Unmergeable] {
+        // SAFETY: passed on to the caller.
+        if let Err(error) = unsafe { map::advise(address, len, advice) } {
+            let absent = advice == Advice::Unmergeable && error.errno() == Some(libc::EINVAL);
+            let level = if absent {
+                log::Level::Debug
+            } else {
+                log::Level::Warn
+            };
+            log::log!(
+                level,
+                "{advice:?} is not in force for {len} bytes of guest memory: {error}"
+            );
+        }
+    }
+}

@@ -1,0 +1,186 @@
+//! Why memory could not be leased, and why a teardown did not go through.
+
+use super::{GuestRegion, Lease, LeaseId, Quiesced};
+use crate::pool::Accounts;
+use crate::{BLOCK_SIZE, SysError};
+use std::fmt;
+
+/// Why memory could not be leased. The pool is as it was before.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum LeaseError {
+    /// No region was asked for.
+    #[error("a lease needs at least one region: pass the guest's memory layout")]
+    NoRegions,
+    /// A region has no bytes.
+    #[error(
+        "the region at guest address {guest_address:#x} is empty: leave it out or give it a size"
+    )]
+    EmptyRegion {
+        /// Where the region begins.
+        guest_address: u64,
+    },
+    /// A region's address or length is not a multiple of what the pool's pages need.
+    #[error(
+        "the region of {bytes:#x} bytes at guest address {guest_address:#x} is not aligned: with this pool's pages both \
+         numbers must be multiples of {granularity:#x}"
+    )]
+    Unaligned {
+        /// Where the region begins.
+        guest_address: u64,
+        /// Its length in bytes.
+        bytes: u64,
+        /// What both must be multiples of, in bytes.
+        granularity: u64,
+    },
+    /// A region ends at or past 2^64.
+    #[error(
+        "the region of {bytes:#x} bytes at guest address {guest_address:#x} goes to the end of the 64-bit address space or \
+         past it: it must end at least one page below 2^64"
+    )]
+    Wraps {
+        /// Where the region begins.
+        guest_address: u64,
+        /// Its length in bytes.
+        bytes: u64,
+    },
+    /// Two regions share guest addresses.
+    #[error(
+        "the regions at guest addresses {:#x} ({:#x} bytes) and {:#x} ({:#x} bytes) overlap: move or shorten one",
+        .first.guest_address, .first.bytes, .second.guest_address, .second.bytes
+    )]
+    Overlap {
+        /// The one that begins first.
+        first: GuestRegion,
+        /// The other one.
+        second: GuestRegion,
+    },
+    /// The pool has not enough clean memory.
+    #[error(
+        "{asked} bytes in blocks of {BLOCK_SIZE} were asked for and {} are free ({} leased, {} being scrubbed, {} \
+         quarantined): tear other guests down, ask for less, or make a larger pool",
+        .accounts.clean, .accounts.leased, .accounts.dirty, .accounts.quarantined
+    )]
+    NotEnough {
+        /// What the regions need, rounded up to blocks, in bytes.
+        asked: u64,
+        /// What the pool had at that moment.
+        accounts: Accounts,
+    },
+    /// The guest's window could not be mapped.
+    #[error(
+        "{bytes} bytes could not be mapped for the guest ({source}): the address space is exhausted or the process has too \
+         many mappings; raise `ulimit -v` or `vm.max_map_count`, or run fewer guests"
+    )]
+    Map {
+        /// The region's length in bytes.
+        bytes: u64,
+        /// The call that failed.
+        source: SysError,
+    },
+}
+
+/// What stands against a teardown.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum Refusal {
+    /// Memslots of this lease are still registered with a virtual machine.
+    #[error("{memslots} memslots of it are still registered: call `Memslots::remove` first")]
+    Registered {
+        /// How many.
+        memslots: usize,
+    },
+    /// Somebody still owns a handle to the memory.
+    #[error(
+        "{holders} owners still hold its guest memory: drop every clone of `GuestMemoryMmap`, and the regions and mappings \
+         taken out of it"
+    )]
+    Held {
+        /// How many.
+        holders: usize,
+    },
+    /// The statement that the guest is stopped is about another lease.
+    #[error(
+        "the `Quiesced` is about {quiesced} and not about {lease}: pass the one made for this lease"
+    )]
+    OtherLease {
+        /// The lease that was to be torn down.
+        lease: LeaseId,
+        /// The lease that the statement is about.
+        quiesced: LeaseId,
+    },
+}
+
+/// A teardown that was refused before anything changed, with all that is needed to try again.
+#[derive(Debug)]
+#[non_exhaustive]
+pub struct Refused {
+    /// What stands against it.
+    pub reason: Refusal,
+    /// The lease, as it was.
+    pub lease: Lease,
+    /// The statement that came with it.
+    pub quiesced: Quiesced,
+}
+
+/// Why a teardown did not go through.
+#[derive(Debug)]
+#[non_exhaustive]
+pub enum TeardownError {
+    /// Nothing was done; the lease is in here.
+    Refused(Box<Refused>),
+    /// The numbers of the steps do not add up. All of the lease's blocks are quarantined. This is a bug in vm-scrub.
+    Unaccounted {
+        /// The lease.
+        lease: LeaseId,
+        /// Which numbers do not fit.
+        what: &'static str,
+        /// What should have come out, in bytes.
+        expected: u64,
+        /// What came out, in bytes.
+        found: u64,
+    },
+}
+
+impl TeardownError {
+    /// The lease, if the teardown was refused and nothing was done to it.
+    pub fn into_lease(self) -> Option<Lease> {
+        match self {
+            TeardownError::Refused(refused) => Some(refused.lease),
+            TeardownError::Unaccounted { .. } => None,
+        }
+    }
+}
+
+impl fmt::Display for TeardownError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            TeardownError::Refused(refused) => {
+                write!(
+                    f,
+                    "{} is not torn down: {}",
+                    refused.lease.id(),
+                    refused.reason
+                )
+            }
+            TeardownError::Unaccounted {
+                lease,
+                what,
+                expected,
+                found,
+            } => write!(
+                f,
+                "{lease} is quarantined as a whole: {what} should be {expected} bytes and is {found}; please report this"
+            ),
+        }
+    }
+}
+
+impl std::error::Error for TeardownError {
+    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        match self {
+            TeardownError::Refused(refused) => Some(&refused.reason),
+            TeardownError::Unaccounted { .. } => None,
+        }
+    }
+}

@@ -1,0 +1,437 @@
+//! One guest's memory.
+//!
+//! A [`Lease`] shows blocks of a pool to one guest: each region in a window of its own, for vm-memory and for memslots. It
+//! knows who still holds on to the memory, and gives it back in the steps of [`teardown`].
+
+mod error;
+mod handles;
+mod receipt;
+mod region;
+pub mod teardown;
+
+pub use error::{LeaseError, Refusal, Refused, TeardownError};
+pub use receipt::{Outcome, QuarantineReason, QuarantinedRange, ScrubReceipt, StepTimes};
+pub use region::GuestRegion;
+
+use crate::backing::Window;
+use crate::pool::blocks::{Blocks, Leased, Taken};
+use crate::pool::{Extent, PageSize, Pool, Shared, deal};
+use crate::scrub::HostPtr;
+use crate::{BLOCK_SIZE, SysError};
+use handles::{Handle, Handles};
+use std::fmt;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use vm_memory::bitmap::Bitmap;
+use vm_memory::mmap::MmapRegionBuilder;
+use vm_memory::{GuestAddress, GuestMemoryMmap, GuestRegionCollection, GuestRegionMmap};
+
+/// Names a lease. Unique in a process, across pools.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+pub struct LeaseId(u64);
+
+impl LeaseId {
+    fn next() -> Self {
+        static NEXT: AtomicU64 = AtomicU64::new(1);
+        Self(NEXT.fetch_add(1, Ordering::Relaxed))
+    }
+}
+
+impl fmt::Display for LeaseId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "lease {}", self.0)
+    }
+}
+
+/// The statement that nothing runs on a lease's memory any more: no vCPU, no memslot, no device.
+///
+/// [`Memslots::remove`](crate::kvm::Memslots::remove) makes it when the kernel has deleted the memslots. Embedders with
+/// another hypervisor make it themselves, with [`Quiesced::assert`].
+#[derive(Debug)]
+#[must_use = "teardown asks for this"]
+pub struct Quiesced {
+    lease: LeaseId,
+}
+
+impl Quiesced {
+    /// States that nothing runs on `lease`'s memory any more.
+    ///
+    /// # Safety
+    ///
+    /// No vCPU, device, DMA mapping or thread may access the lease's memory from now on, through any address. What still
+    /// reaches it through the lease's own addresses is stopped by revocation and faults; what was pinned for DMA is not.
+    pub unsafe fn assert(lease: &Lease) -> Self {
+        Self::of(lease.id)
+    }
+
+    pub(crate) fn of(lease: LeaseId) -> Self {
+        Self { lease }
+    }
+}
+
+/// Memslots of a lease, counted.
+#[derive(Debug, Default)]
+pub(crate) struct Registrations {
+    memslots: AtomicUsize,
+    ever: AtomicBool,
+}
+
+impl Registrations {
+    #[cfg(feature = "kvm")]
+    pub(crate) fn add(&self) {
+        self.ever.store(true, Ordering::SeqCst);
+        self.memslots.fetch_add(1, Ordering::SeqCst);
+    }
+
+    #[cfg(feature = "kvm")]
+    pub(crate) fn remove(&self) {
+        self.memslots.fetch_sub(1, Ordering::SeqCst);
+    }
+
+    fn count(&self) -> usize {
+        self.memslots.load(Ordering::SeqCst)
+    }
+
+    /// Whether there were memslots and all are deleted: the hypervisor's word that the guest is stopped.
+    fn all_deleted(&self) -> bool {
+        self.ever.load(Ordering::SeqCst) && self.count() == 0
+    }
+}
+
+/// A part of a guest region: consecutive in the guest, in its window and in the pool's arena.
+#[derive(Debug, Clone)]
+pub(crate) struct Segment {
+    pub(crate) guest_address: u64,
+    /// Offset in the arena, in bytes; at the start of a block.
+    pub(crate) offset: usize,
+    pub(crate) window: HostPtr,
+    pub(crate) len: usize,
+}
+
+/// A guest region with its window and the memory behind it.
+#[derive(Debug)]
+pub(crate) struct LeasedRegion {
+    pub(crate) region: GuestRegion,
+    pub(crate) window: Window,
+    pub(crate) segments: Vec<Segment>,
+}
+
+/// One guest's memory, zeroed when it is leased.
+///
+/// It goes back to the pool by [`Lease::teardown`]. Dropping it instead is not an error of memory safety, and never puts
+/// dirty memory back: where it is certain that the guest is stopped (its memslots were registered and are deleted, or
+/// nobody ever got the memory's address) and no handle is left, the teardown happens then and there and is logged. In any
+/// other case, and during a panic, the blocks are quarantined; while a handle is alive the memory also stays mapped.
+pub struct Lease {
+    pool: Arc<Shared>,
+    id: LeaseId,
+    guest: Option<String>,
+    regions: Vec<LeasedRegion>,
+    /// `None` when teardown has taken over.
+    blocks: Option<Blocks<Leased>>,
+    extents: Vec<Extent>,
+    registrations: Arc<Registrations>,
+    handles: Handles,
+}
+
+impl Pool {
+    /// Leases memory for a guest with these regions: guest physical address and length in bytes.
+    ///
+    /// Every byte is zero. Regions may leave holes and come in any order; their addresses and lengths must be multiples of
+    /// 4 KiB, or of 2 MiB in a pool of hugetlb pages. A region takes whole blocks of 2 MiB out of the pool.
+    ///
+    /// # Errors
+    ///
+    /// Each variant of [`LeaseError`] says what to do. The pool is as it was.
+    pub fn lease(&self, regions: &[(GuestAddress, u64)]) -> Result<Lease, LeaseError> {
+        self.lease_with(None, regions)
+    }
+
+    /// The same as [`Pool::lease`] for a guest with a name, which the receipt will carry.
+    pub fn lease_for(
+        &self,
+        guest: impl Into<String>,
+        regions: &[(GuestAddress, u64)],
+    ) -> Result<Lease, LeaseError> {
+        self.lease_with(Some(guest.into()), regions)
+    }
+
+    fn lease_with(
+        &self,
+        guest: Option<String>,
+        regions: &[(GuestAddress, u64)],
+    ) -> Result<Lease, LeaseError> {
+        let shared = &self.shared;
+        let regions = region::check(regions, shared.page_size.granularity())?;
+        let wanted: Vec<u64> = regions
+            .iter()
+            .map(|region| region.bytes.div_ceil(BLOCK_SIZE))
+            .collect();
+        let blocks = wanted.iter().sum();
+        let taken =
+            Blocks::<Taken>::take(&shared.ledger, blocks).ok_or_else(|| LeaseError::NotEnough {
+                asked: blocks.saturating_mul(BLOCK_SIZE),
+                accounts: self.accounts(),
+            })?;
+        let shares = deal(taken.extents(), &wanted);
+
+        let mut leased: Vec<LeasedRegion> = Vec::with_capacity(regions.len());
+        for (region, extents) in regions.into_iter().zip(shares) {
+            match open(shared, region, &extents) {
+                Ok(region) => leased.push(region),
+                Err((source, lost)) => {
+                    withdraw(shared, leased, taken, lost);
+                    return Err(LeaseError::Map {
+                        bytes: region.bytes,
+                        source,
+                    });
+                }
+            }
+        }
+        let extents = taken.extents().to_vec();
+        let id = LeaseId::next();
+        log::debug!("{id}: {} regions, {} blocks", leased.len(), blocks);
+        Ok(Lease {
+            pool: Arc::clone(shared),
+            id,
+            guest,
+            regions: leased,
+            blocks: Some(taken.lease()),
+            extents,
+            registrations: Arc::default(),
+            handles: Handles::default(),
+        })
+    }
+}
+
+/// Opens a window for `region` and grants it the memory in `extents`.
+///
+/// On failure everything is taken back; the blocks for which that failed too come with the error.
+fn open(
+    shared: &Shared,
+    region: GuestRegion,
+    extents: &[Extent],
+) -> Result<LeasedRegion, (SysError, Vec<u64>)> {
+    // No truncation: the pool holds this many bytes, so the address space does.
+    let len = region.bytes as usize;
+    let window = shared
+        .windows
+        .open(len)
+        .map_err(|error| (error, Vec::new()))?;
+    let mut leased = LeasedRegion {
+        region,
+        window,
+        segments: Vec::with_capacity(extents.len()),
+    };
+    let mut done = 0;
+    for extent in extents {
+        let segment = Segment {
+            guest_address: region.guest_address + done as u64,
+            offset: (extent.first * BLOCK_SIZE) as usize,
+            window: HostPtr(leased.window.start().at(done)),
+            // The last block may be longer than the region: its rest stays in the arena, untouched.
+            len: ((extent.blocks * BLOCK_SIZE) as usize).min(len - done),
+        };
+        // SAFETY: the blocks were taken out of the clean set for this lease, and this part of the window is closed.
+        if let Err(error) = unsafe {
+            shared
+                .backing
+                .grant(segment.offset, segment.window.0, segment.len)
+        } {
+            return Err((error, close_unseen(shared, leased)));
+        }
+        done += segment.len;
+        leased.segments.push(segment);
+    }
+    Ok(leased)
+}
+
+/// Gives up a lease that is being made: nobody has seen the memory yet.
+fn withdraw(
+    shared: &Shared,
+    regions: Vec<LeasedRegion>,
+    mut taken: Blocks<Taken>,
+    mut lost: Vec<u64>,
+) {
+    for region in regions {
+        lost.extend(close_unseen(shared, region));
+    }
+    taken.quarantine_blocks(lost);
+    taken.give_back();
+}
+
+/// Takes back what was granted to a region that nobody has seen; returns the blocks for which that failed.
+fn close_unseen(shared: &Shared, leased: LeasedRegion) -> Vec<u64> {
+    let mut lost = Vec::new();
+    for segment in &leased.segments {
+        // SAFETY: granted to this window, whose address has not left this module.
+        let revoked = unsafe {
+            shared
+                .backing
+                .revoke(segment.offset, segment.window.0, segment.len)
+        };
+        if let Err(error) = revoked {
+            log::error!(
+                "{} bytes quarantined, not to be had back from a lease that failed: {error}",
+                segment.len
+            );
+            lost.extend(segment.blocks());
+        }
+    }
+    if lost.is_empty() {
+        shared.windows.retire(leased.window);
+    } else {
+        leased.window.leak();
+    }
+    lost
+}
+
+impl Segment {
+    /// The numbers of the blocks that this segment lies in.
+    pub(crate) fn blocks(&self) -> std::ops::Range<u64> {
+        let end = (self.offset + self.len) as u64;
+        self.offset as u64 / BLOCK_SIZE..end.div_ceil(BLOCK_SIZE)
+    }
+}
+
+impl Lease {
+    /// The lease's name.
+    pub fn id(&self) -> LeaseId {
+        self.id
+    }
+
+    /// The guest's name, if it was given one.
+    pub fn guest(&self) -> Option<&str> {
+        self.guest.as_deref()
+    }
+
+    /// The guest's regions, by ascending guest address.
+    pub fn guest_regions(&self) -> impl ExactSizeIterator<Item = GuestRegion> {
+        self.regions.iter().map(|leased| leased.region)
+    }
+
+    /// How many bytes the regions have together.
+    pub fn bytes(&self) -> u64 {
+        self.guest_regions().map(|region| region.bytes).sum()
+    }
+
+    /// The pool's blocks that are behind the regions, in the order in which the regions use them.
+    pub fn blocks(&self) -> &[Extent] {
+        &self.extents
+    }
+
+    /// The pages the memory consists of.
+    pub fn page_size(&self) -> PageSize {
+        self.pool.page_size
+    }
+
+    /// The memory as vm-memory knows it, without a dirty bitmap.
+    ///
+    /// Teardown is refused while the result or a clone of it is alive.
+    pub fn memory(&self) -> GuestMemoryMmap {
+        let regions: Vec<Arc<GuestRegionMmap>> = self.map_regions(|_| ()).map(Arc::new).collect();
+        self.handles.give_out(regions.iter().map(Handle::of_shared));
+        GuestRegionCollection::from_arc_regions(regions)
+            .expect("regions were sorted and checked for overlap when they were leased")
+    }
+
+    /// The memory as vm-memory regions with a bitmap of the caller's choice: `bitmap` is called once for each region with
+    /// its length in bytes. By ascending guest address.
+    ///
+    /// The bitmaps are fresh with each call, so no dirty bits survive from an earlier guest. Teardown is refused while any
+    /// of these regions is alive.
+    pub fn regions<B>(&self, bitmap: impl FnMut(usize) -> B) -> Vec<GuestRegionMmap<B>>
+    where
+        B: Bitmap + Send + Sync + 'static,
+    {
+        let regions: Vec<GuestRegionMmap<B>> = self.map_regions(bitmap).collect();
+        self.handles.give_out(regions.iter().map(Handle::of_owned));
+        regions
+    }
+
+    fn map_regions<B: Bitmap>(
+        &self,
+        mut bitmap: impl FnMut(usize) -> B,
+    ) -> impl Iterator<Item = GuestRegionMmap<B>> {
+        let huge = self.pool.page_size == PageSize::Huge2M;
+        let sharing = if huge {
+            libc::MAP_SHARED
+        } else {
+            libc::MAP_PRIVATE | libc::MAP_ANONYMOUS
+        };
+        self.regions.iter().map(move |leased| {
+            let len = leased.window.len();
+            let builder = MmapRegionBuilder::new_with_bitmap(len, bitmap(len))
+                .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
+                .with_mmap_flags(sharing)
+                .with_hugetlbfs(huge);
+            // SAFETY: the window is mapped over its whole length, and stays so while the region is alive: the lease tracks
+            // it and refuses teardown, and a lease that is dropped leaves the window mapped.
+            let mapping = unsafe { builder.with_raw_mmap_pointer(leased.window.start().0) }
+                .build()
+                .expect("windows are page aligned");
+            GuestRegionMmap::new(mapping, GuestAddress(leased.region.guest_address))
+                .expect("regions were checked not to wrap when they were leased")
+        })
+    }
+
+    /// Where the regions are in this process, for hypervisors that are given addresses: guest region and host address,
+    /// aligned to 2 MiB, by ascending guest address.
+    ///
+    /// The lease cannot see what becomes of these pointers. They are valid until teardown, and fault afterwards.
+    pub fn host_addresses(&self) -> Vec<(GuestRegion, *mut u8)> {
+        self.handles.expose();
+        self.windows()
+            .map(|(region, start)| (region, start.0))
+            .collect()
+    }
+
+    pub(crate) fn windows(&self) -> impl Iterator<Item = (GuestRegion, HostPtr)> {
+        self.regions
+            .iter()
+            .map(|leased| (leased.region, leased.window.start()))
+    }
+
+    #[cfg(feature = "kvm")]
+    pub(crate) fn registrations(&self) -> &Arc<Registrations> {
+        &self.registrations
+    }
+
+    /// What stands against taking the memory away now.
+    fn refusal(&self, quiesced: &Quiesced) -> Option<Refusal> {
+        let memslots = self.registrations.count();
+        let holders = self.handles.holders();
+        if quiesced.lease != self.id {
+            Some(Refusal::OtherLease {
+                lease: self.id,
+                quiesced: quiesced.lease,
+            })
+        } else if memslots > 0 {
+            Some(Refusal::Registered { memslots })
+        } else if holders > 0 {
+            Some(Refusal::Held { holders })
+        } else {
+            None
+        }
+    }
+}
+
+impl fmt::Debug for Lease {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Lease")
+            .field("id", &self.id)
+            .field("guest", &self.guest)
+            .field("regions", &self.guest_regions().collect::<Vec<_>>())
+            .field("blocks", &self.extents)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Drop for Lease {
+    fn drop(&mut self) {
+        if self.blocks.is_some() {
+            teardown::abandon(self);
+        }
+    }
+}

@@ -1,0 +1,124 @@
+//! What a teardown leaves behind: an account of every byte.
+
+use super::{GuestRegion, LeaseId};
+use crate::pool::{Extent, PageSize};
+use crate::{Revocation, Verify};
+
+/// How a teardown ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(feature = "serde", serde(rename_all = "kebab-case"))]
+#[non_exhaustive]
+pub enum Outcome {
+    /// Every byte was read back as zero or never existed. All of the memory can be leased again.
+    Proven,
+    /// Every byte was zeroed or never existed, and by policy nothing was read back. All of it can be leased again.
+    Unverified,
+    /// Something could not be proven clean and is quarantined; the rest can be leased again.
+    Quarantined,
+}
+
+/// Why memory went into quarantine.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(feature = "serde", serde(rename_all = "kebab-case"))]
+#[non_exhaustive]
+pub enum QuarantineReason {
+    /// It could not be taken away from the guest's address window.
+    NotRevoked,
+    /// The kernel did not say which of its pages are populated.
+    ResidencyUnknown,
+    /// Something else than zero was read back, twice.
+    NotZero,
+}
+
+/// Memory that went into quarantine, in whole blocks as far as the guest had them.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[non_exhaustive]
+pub struct QuarantinedRange {
+    /// Where it was in guest physical memory, in bytes.
+    pub guest_address: u64,
+    /// Its length in bytes.
+    pub bytes: u64,
+    /// Why.
+    pub reason: QuarantineReason,
+    /// What exactly was seen.
+    pub detail: String,
+}
+
+/// How long each step of a teardown took, in nanoseconds of wall-clock time.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[non_exhaustive]
+pub struct StepTimes {
+    /// Taking the memory away from the guest's windows.
+    pub revoke_ns: u64,
+    /// Asking the kernel which pages are populated.
+    pub residency_ns: u64,
+    /// Writing zeros. Where pieces are zeroed and read back in turn, the time of both is divided by how long the threads
+    /// spent on each.
+    pub scrub_ns: u64,
+    /// Reading them back.
+    pub verify_ns: u64,
+    /// Putting the blocks back into the clean set.
+    pub recycle_ns: u64,
+}
+
+/// The account of one teardown.
+///
+/// `bytes_scrubbed + bytes_never_populated + bytes_quarantined = bytes_total`, or there is no receipt but an error.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[must_use = "the receipt says whether all of the memory was proven clean"]
+#[non_exhaustive]
+pub struct ScrubReceipt {
+    /// The lease.
+    pub lease: LeaseId,
+    /// The guest's name, if it had one.
+    pub guest: Option<String>,
+    /// The guest's regions, by ascending guest address.
+    pub regions: Vec<GuestRegion>,
+    /// The pool's blocks that were behind them. Two receipts that name the same block are about the same memory.
+    pub blocks: Vec<Extent>,
+    /// The pages the memory consists of.
+    pub page_size: PageSize,
+    /// How the memory was taken away from the guest, and so what that proves.
+    pub revocation: Revocation,
+    /// How much was to be read back.
+    pub verify: Verify,
+    /// The length of all regions, in bytes.
+    pub bytes_total: u64,
+    /// Bytes that were zeroed and can be leased again.
+    pub bytes_scrubbed: u64,
+    /// Bytes that the guest never made the kernel supply; they have no content.
+    pub bytes_never_populated: u64,
+    /// Bytes that are never leased again.
+    pub bytes_quarantined: u64,
+    /// Bytes of `bytes_scrubbed` that were read back and found to be zero.
+    pub bytes_verified: u64,
+    /// What was quarantined and why, by ascending guest address.
+    pub quarantined: Vec<QuarantinedRange>,
+    /// The name of the zeroing loop.
+    #[cfg_attr(feature = "serde", serde(rename = "loop"))]
+    pub zero_loop: String,
+    /// The name of the verification loop, if anything was read back.
+    pub verify_loop: Option<String>,
+    /// How many threads worked at the same time.
+    pub threads: usize,
+    /// The time from the call of teardown to the receipt, in nanoseconds.
+    pub elapsed_ns: u64,
+    /// How long each step took.
+    pub steps: StepTimes,
+    /// When the teardown ended: milliseconds since 1970 by the host's clock.
+    pub ended_unix_ms: u64,
+    /// How it ended.
+    pub outcome: Outcome,
+}
+
+impl ScrubReceipt {
+    /// Whether every byte was proven clean: read back as zero, or never populated.
+    pub fn is_proven(&self) -> bool {
+        self.outcome == Outcome::Proven
+    }
+}

@@ -1,0 +1,195 @@
+//! Blocks on their way through a lease, with their state in the type.
+//!
+//! A [`Blocks`] value owns its blocks: nobody else has them, and the books count them in the account of its state. Each step
+//! of a teardown consumes one type and makes the next, against a proof that the step was done. Only [`Blocks<Verified>`]
+//! and [`Blocks<Taken>`] (memory nobody has seen) can become clean. A value that is dropped half-way, by an error or by a
+//! panic, is quarantined: that is the default, and getting out of it takes a proof.
+//!
+//! ```text
+//! Taken --granted--> Leased --Revoked--> Dirty --Zeroed--> Scrubbed --Verdict--> Verified --> the clean set
+//!   \--> the clean set   \                  \                 \                     \
+//!                         `------------------`-----------------`---------------------`--> quarantine
+//! ```
+
+use super::extents::Extent;
+use super::ledger::{Account, Ledger};
+use crate::BLOCK_SIZE;
+use crate::backing::Revoked;
+use crate::scrub::{Verdict, Zeroed};
+use std::marker::PhantomData;
+use std::sync::Arc;
+
+/// What the books say about blocks in a state.
+pub(crate) trait State {
+    const ACCOUNT: Account;
+    const NAME: &'static str;
+}
+
+macro_rules! states {
+    ($($(#[$doc:meta])* $name:ident: $account:ident,)*) => {$(
+        $(#[$doc])*
+        #[derive(Debug)]
+        pub(crate) struct $name(());
+
+        impl State for $name {
+            const ACCOUNT: Account = Account::$account;
+            const NAME: &'static str = stringify!($name);
+        }
+    )*};
+}
+
+states! {
+    /// Taken out of the clean set for a lease; no guest has seen the memory yet.
+    Taken: Leased,
+    /// In a guest's window; the guest and its devices may write.
+    Leased: Leased,
+    /// Out of every guest's reach, with the last guest's bytes in it.
+    Dirty: Dirty,
+    /// Zeros were written and fenced. Nobody has read them back.
+    Scrubbed: Dirty,
+    /// Every byte that was written was read back as zero, or the policy says not to.
+    Verified: Dirty,
+}
+
+/// Blocks in state `S`, owned. Quarantined when dropped.
+#[derive(Debug)]
+pub(crate) struct Blocks<S: State> {
+    ledger: Arc<Ledger>,
+    extents: Vec<Extent>,
+    state: PhantomData<S>,
+}
+
+impl<S: State> Blocks<S> {
+    /// The blocks.
+    pub(crate) fn extents(&self) -> &[Extent] {
+        &self.extents
+    }
+
+    fn shift(mut self, to: Account) -> (Arc<Ledger>, Vec<Extent>) {
+        let extents = std::mem::take(&mut self.extents);
+        if S::ACCOUNT != to {
+            self.ledger.shift(&extents, S::ACCOUNT, to);
+        }
+        (Arc::clone(&self.ledger), extents)
+    }
+
+    fn into_state<T: State>(self) -> Blocks<T> {
+        let (ledger, extents) = self.shift(T::ACCOUNT);
+        Blocks {
+            ledger,
+            extents,
+            state: PhantomData,
+        }
+    }
+
+    /// Quarantines everything.
+    pub(crate) fn quarantine(self) {
+        drop(self.shift(Account::Quarantined));
+    }
+
+    /// How many blocks are held.
+    pub(crate) fn count(&self) -> u64 {
+        self.extents.iter().map(|extent| extent.blocks).sum()
+    }
+
+    /// Quarantines those of the given blocks that are held here; the rest goes on.
+    pub(crate) fn quarantine_blocks(&mut self, blocks: impl IntoIterator<Item = u64>) {
+        for block in blocks {
+            let Some(at) = self
+                .extents
+                .iter()
+                .position(|extent| (extent.first..extent.end()).contains(&block))
+            else {
+                continue;
+            };
+            let extent = self.extents.swap_remove(at);
+            let pieces = [
+                Extent {
+                    first: extent.first,
+                    blocks: block - extent.first,
+                },
+                Extent {
+                    first: block + 1,
+                    blocks: extent.end() - block - 1,
+                },
+            ];
+            self.extents
+                .extend(pieces.into_iter().filter(|piece| piece.blocks > 0));
+            let lost = Extent {
+                first: block,
+                blocks: 1,
+            };
+            self.ledger.shift(&[lost], S::ACCOUNT, Account::Quarantined);
+        }
+    }
+}
+
+impl Blocks<Taken> {
+    /// Takes `blocks` clean blocks, all of them or none.
+    pub(crate) fn take(ledger: &Arc<Ledger>, blocks: u64) -> Option<Self> {
+        Some(Self {
+            ledger: Arc::clone(ledger),
+            extents: ledger.take(blocks)?,
+            state: PhantomData,
+        })
+    }
+
+    /// The memory is about to be shown to a guest.
+    pub(crate) fn lease(self) -> Blocks<Leased> {
+        self.into_state()
+    }
+
+    /// Gives memory back that no guest has seen.
+    pub(crate) fn give_back(self) {
+        drop(self.shift(Account::Clean));
+    }
+}
+
+impl Blocks<Leased> {
+    /// The memory is out of the guest's reach: one proof for each range that was granted.
+    pub(crate) fn revoked(self, _proofs: Vec<Revoked>) -> Blocks<Dirty> {
+        self.into_state()
+    }
+}
+
+impl Blocks<Dirty> {
+    /// Zeros were written to everything that can hold data.
+    pub(crate) fn scrubbed(self, _proof: &Zeroed) -> Blocks<Scrubbed> {
+        self.into_state()
+    }
+}
+
+impl Blocks<Scrubbed> {
+    /// The zeros were read back. Blocks in which something else was found are quarantined.
+    pub(crate) fn verified(mut self, verdict: &Verdict) -> Blocks<Verified> {
+        self.quarantine_blocks(
+            verdict
+                .failures()
+                .iter()
+                .map(|failure| failure.offset as u64 / BLOCK_SIZE),
+        );
+        self.into_state()
+    }
+}
+
+impl Blocks<Verified> {
+    /// Puts the blocks back into the clean set.
+    pub(crate) fn recycle(self) {
+        drop(self.shift(Account::Clean));
+    }
+}
+
+impl<S: State> Drop for Blocks<S> {
+    fn drop(&mut self) {
+        if self.extents.is_empty() {
+            return;
+        }
+        log::error!(
+            "blocks dropped in state {}: {:?} quarantined",
+            S::NAME,
+            self.extents
+        );
+        self.ledger
+            .shift(&self.extents, S::ACCOUNT, Account::Quarantined);
+    }
+}

@@ -1,0 +1,272 @@
+//! Describing a pool, and making it.
+
+use super::{Ledger, PageSize, Pool, Shared};
+use crate::BLOCK_SIZE;
+use crate::backing::{AnonymousArena, BLOCK, Backing, HugetlbArena, HugetlbError, WindowSpace};
+use crate::scrub::{Engine, Policy, StartError, Workers};
+use crate::sys::{self, map};
+use std::ops::Range;
+use std::sync::{Arc, Mutex, PoisonError};
+
+/// How much address space, in bytes, windows of guests that are gone keep by default: 1 TiB of the 128 TiB that a process
+/// on x86_64 has. Reserved address space costs no memory.
+const KEPT_WINDOWS: u64 = 1 << 40;
+
+/// More scrubbing threads than any host has processors: a larger number is taken for a mistake.
+const MAX_THREADS: usize = 4096;
+
+/// What a pool is to be like; see [`Pool::builder`].
+#[derive(Debug, Clone)]
+#[must_use = "a builder does nothing until `build` is called"]
+pub struct PoolBuilder {
+    capacity: u64,
+    page_size: PageSize,
+    populate: bool,
+    threads: Option<usize>,
+    policy: Policy,
+    kept_windows: u64,
+    #[cfg(any(test, feature = "test-support"))]
+    sabotage: Option<crate::scrub::Sabotage>,
+}
+
+/// Why a pool could not be made. Nothing is left behind.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum PoolError {
+    /// The capacity is zero, or not a multiple of the block size, or more than an address can hold.
+    #[error(
+        "a capacity of {capacity} bytes is not possible: it must be a multiple of {BLOCK_SIZE} bytes (2 MiB), at least \
+         one block, and fit into the address space"
+    )]
+    Capacity {
+        /// The capacity that was asked for, in bytes.
+        capacity: u64,
+    },
+    /// The number of threads is zero or absurd.
+    #[error(
+        "{threads} scrubbing threads are not possible: use 1 to {MAX_THREADS}, or none to have one per processor"
+    )]
+    Threads {
+        /// The number that was asked for.
+        threads: usize,
+    },
+    /// The host's smallest page is not 4 KiB.
+    #[error("this host's pages are {bytes} bytes; vm-scrub needs a kernel with 4096-byte pages")]
+    HostPageSize {
+        /// The size of the host's smallest page, in bytes.
+        bytes: usize,
+    },
+    /// The host has not enough free hugetlb pages.
+    #[error(
+        "{asked} free hugetlb pages of 2 MiB are needed{}: reserve them with `sysctl vm.nr_hugepages=N` (N counts the \
+         pages of all users), or at boot with `hugepages=N` on the kernel command line",
+        match .free { Some(free) => format!(" and {free} are free"), None => String::new() }
+    )]
+    NoHugePages {
+        /// How many pages the pool needs.
+        asked: u64,
+        /// How many are free, where the host says.
+        free: Option<u64>,
+    },
+    /// The address space for the pool's memory could not be had.
+    #[error(
+        "{capacity} bytes of memory could not be mapped ({source}): ask for less, or raise the limit on address space \
+         (`ulimit -v`) or on mappings (`vm.max_map_count`)"
+    )]
+    Map {
+        /// The pool's capacity, in bytes.
+        capacity: u64,
+        /// The call that failed.
+        source: sys::Error,
+    },
+    /// Transparent huge pages were asked for and the kernel has none.
+    #[error("this kernel has no transparent huge pages ({source}): use 4 KiB or hugetlb pages")]
+    NoTransparentHugePages {
+        /// The call that failed.
+        source: sys::Error,
+    },
+    /// The memory could not be populated.
+    #[error(
+        "{capacity} bytes could not be populated ({source}): the host or the control group has too little memory, or the \
+         kernel is older than 5.14; ask for less or do not populate up front"
+    )]
+    Populate {
+        /// The pool's capacity, in bytes.
+        capacity: u64,
+        /// The call that failed.
+        source: sys::Error,
+    },
+    /// The scrubbing threads could not be started.
+    #[error(
+        "{threads} scrubbing threads could not be started ({source}): ask for fewer or raise the limit on threads (`ulimit -u`)"
+    )]
+    Workers {
+        /// The number that was asked for.
+        threads: usize,
+        /// What the operating system said.
+        source: StartError,
+    },
+}
+
+impl Default for PoolBuilder {
+    fn default() -> Self {
+        Self {
+            capacity: 0,
+            page_size: PageSize::default(),
+            populate: false,
+            threads: None,
+            policy: Policy::default(),
+            kept_windows: KEPT_WINDOWS,
+            #[cfg(any(test, feature = "test-support"))]
+            sabotage: None,
+        }
+    }
+}
+
+impl PoolBuilder {
+    /// How much memory the pool has, in bytes: a multiple of [`BLOCK_SIZE`](crate::BLOCK_SIZE). There is no default.
+    pub fn capacity(mut self, bytes: u64) -> Self {
+        self.capacity = bytes;
+        self
+    }
+
+    /// The pages the pool is made of. Transparent huge pages, if not said otherwise.
+    pub fn page_size(mut self, page_size: PageSize) -> Self {
+        self.page_size = page_size;
+        self
+    }
+
+    /// Whether all memory is supplied by the kernel when the pool is built, so that no guest waits for it. Off by default.
+    pub fn populate(mut self, populate: bool) -> Self {
+        self.populate = populate;
+        self
+    }
+
+    /// How many threads scrub: 1 to 4096. By default one per processor. With 1, or without the `rayon` feature, the
+    /// thread that tears a lease down does the work.
+    pub fn threads(mut self, threads: usize) -> Self {
+        self.threads = Some(threads);
+        self
+    }
+
+    /// How memory is scrubbed. By default every byte is read back.
+    pub fn policy(mut self, policy: Policy) -> Self {
+        self.policy = policy;
+        self
+    }
+
+    /// How much address space, in bytes, may be kept by the closed windows of guests that are gone, so that a pointer
+    /// somebody forgot faults instead of finding the next guest. 1 TiB by default; it costs no memory, but counts towards
+    /// a limit on address space (`RLIMIT_AS`). Windows are given up earlier where a new one finds no room.
+    pub fn kept_windows(mut self, bytes: u64) -> Self {
+        self.kept_windows = bytes;
+        self
+    }
+
+    /// Breaks the pool's scrubber on purpose.
+    #[cfg(any(test, feature = "test-support"))]
+    pub(crate) fn sabotage(mut self, sabotage: crate::scrub::Sabotage) -> Self {
+        self.sabotage = Some(sabotage);
+        self
+    }
+
+    /// Makes the pool: reserves and maps its memory, starts its threads and, if asked to, populates it.
+    ///
+    /// # Errors
+    ///
+    /// Each variant of [`PoolError`] says what to do.
+    pub fn build(self) -> Result<Pool, PoolError> {
+        let capacity = self.capacity;
+        let len = usize::try_from(capacity)
+            .ok()
+            .filter(|len| *len > 0 && len.is_multiple_of(BLOCK))
+            .ok_or(PoolError::Capacity { capacity })?;
+        let threads = self
+            .threads
+            .unwrap_or_else(|| std::thread::available_parallelism().map_or(1, usize::from));
+        if !(1..=MAX_THREADS).contains(&threads) {
+            return Err(PoolError::Threads { threads });
+        }
+        let bytes = map::host_page_size();
+        if bytes != 4096 {
+            return Err(PoolError::HostPageSize { bytes });
+        }
+
+        let backing = self.backing(len)?;
+        let workers =
+            Workers::start(threads).map_err(|source| PoolError::Workers { threads, source })?;
+        if self.populate {
+            populate(backing.as_ref(), len, &workers)
+                .map_err(|source| PoolError::Populate { capacity, source })?;
+        }
+        #[cfg_attr(
+            not(any(test, feature = "test-support")),
+            expect(unused_mut, reason = "only sabotage changes it")
+        )]
+        let mut engine = Engine::new(workers, self.policy.zero_loop);
+        #[cfg(any(test, feature = "test-support"))]
+        if let Some(sabotage) = self.sabotage {
+            engine.sabotage(sabotage);
+        }
+        log::info!(
+            "pool of {capacity} bytes in {} pages, {threads} scrubbing threads, zeroing by {}, verification by {}",
+            self.page_size,
+            engine.zero_loop(),
+            engine.verify_loop(),
+        );
+        Ok(Pool {
+            shared: Arc::new(Shared {
+                backing,
+                ledger: Arc::new(Ledger::new(capacity / BLOCK_SIZE)),
+                windows: WindowSpace::new(usize::try_from(self.kept_windows).unwrap_or(usize::MAX)),
+                engine,
+                page_size: self.page_size,
+                verify: self.policy.verify,
+            }),
+        })
+    }
+
+    fn backing(&self, len: usize) -> Result<Box<dyn Backing>, PoolError> {
+        let capacity = self.capacity;
+        let huge_pages = match self.page_size {
+            PageSize::Base4K => false,
+            PageSize::Transparent => true,
+            PageSize::Huge2M => {
+                return match HugetlbArena::map(len, self.populate) {
+                    Ok(arena) => Ok(Box::new(arena)),
+                    Err(HugetlbError::NoPages { free }) => Err(PoolError::NoHugePages {
+                        asked: capacity / BLOCK_SIZE,
+                        free,
+                    }),
+                    Err(HugetlbError::Sys(source)) => Err(PoolError::Map { capacity, source }),
+                };
+            }
+        };
+        match AnonymousArena::map(len, huge_pages) {
+            Ok(arena) => Ok(Box::new(arena)),
+            Err(source) if huge_pages && source.call == sys::Call::Madvise => {
+                Err(PoolError::NoTransparentHugePages { source })
+            }
+            Err(source) => Err(PoolError::Map { capacity, source }),
+        }
+    }
+}
+
+/// Populates `[0, len)` of the arena with all threads, in chunks large enough that the calls themselves cost nothing.
+fn populate(backing: &dyn Backing, len: usize, workers: &Workers) -> sys::Result<()> {
+    const CHUNK: usize = 64 << 20;
+    let chunks: Vec<Range<usize>> = (0..len)
+        .step_by(CHUNK)
+        .map(|start| start..len.min(start + CHUNK))
+        .collect();
+    let failed = Mutex::new(None);
+    workers.each(&chunks, |chunk| {
+        if let Err(error) = backing.populate(chunk) {
+            *failed.lock().unwrap_or_else(PoisonError::into_inner) = Some(error);
+        }
+    });
+    match failed.into_inner().unwrap_or_else(PoisonError::into_inner) {
+        Some(error) => Err(error),
+        None => Ok(()),
+    }
+}

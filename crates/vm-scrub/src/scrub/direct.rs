@@ -1,0 +1,197 @@
+//! Scrubbing memory that vm-scrub did not allocate, on the calling thread.
+
+use super::engine::{Engine, HostPtr};
+use super::policy::{Policy, Verify};
+use super::workers::Workers;
+use std::fmt;
+use std::time::Duration;
+
+/// What was done to a range that was scrubbed: the evidence.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[must_use = "this says how much was read back"]
+#[non_exhaustive]
+pub struct Scrubbed {
+    /// Bytes that were set to zero.
+    pub bytes: u64,
+    /// Bytes that were read back and found to be zero: all of them, or none where the policy says [`Verify::None`].
+    pub bytes_verified: u64,
+    /// The name of the zeroing loop.
+    pub zero_loop: String,
+    /// The name of the verification loop, if anything was read back.
+    pub verify_loop: Option<String>,
+    /// How long zeroing took.
+    pub zeroing: Duration,
+    /// How long reading back took.
+    pub verifying: Duration,
+}
+
+/// Why a range could not be scrubbed.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum ScrubError {
+    /// The pointer is null, or the range goes past the end of the address space. Nothing was written.
+    InvalidRange {
+        /// The address that was given.
+        address: usize,
+        /// The length that was given, in bytes.
+        len: usize,
+    },
+    /// Something else than zero was read back, also after a second attempt: another writer is at work, or the memory is
+    /// broken. Treat the whole range as dirty.
+    NotZero {
+        /// Where the first byte that is not zero was found, in bytes from the start of the range.
+        offset: usize,
+        /// How many pieces of at most 256 KiB are concerned.
+        pieces: usize,
+    },
+}
+
+impl fmt::Display for ScrubError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            ScrubError::InvalidRange { address, len } => write!(
+                f,
+                "{len} bytes from address {address:#x} are not a range of memory: pass a pointer that is not null and a \
+                 length that ends inside the address space"
+            ),
+            ScrubError::NotZero { offset, pieces } => write!(
+                f,
+                "the byte at offset {offset:#x} is not zero after two attempts ({pieces} pieces concerned): another \
+                 writer is at work or the memory is broken; treat the whole range as dirty"
+            ),
+        }
+    }
+}
+
+impl std::error::Error for ScrubError {}
+
+/// Sets every byte of `memory` to zero and reads it back as `policy` says, on the calling thread.
+///
+/// The compiler cannot remove the stores, even if `memory` is never used again, nor answer the read-back from what it
+/// knows was stored.
+///
+/// # Errors
+///
+/// [`ScrubError::NotZero`] if something else was read back.
+///
+/// ```
+/// use vm_scrub::{Policy, scrub};
+///
+/// let mut secret = *b"correct horse battery staple";
+/// let done = scrub(&mut secret, &Policy::new())?;
+/// assert_eq!(secret, [0; 28]);
+/// assert_eq!(done.bytes_verified, 28);
+/// # Ok::<(), vm_scrub::ScrubError>(())
+/// ```
+pub fn scrub(memory: &mut [u8], policy: &Policy) -> Result<Scrubbed, ScrubError> {
+    // SAFETY: the exclusive reference makes the range valid, writable and ours; zero is a valid `u8`.
+    unsafe { scrub_raw(memory.as_mut_ptr(), memory.len(), policy) }
+}
+
+/// Sets the `len` bytes from `address` to zero and reads them back as `policy` says, on the calling thread.
+///
+/// Any alignment and any length will do. For guest memory that another allocator made.
+///
+/// # Errors
+///
+/// [`ScrubError::InvalidRange`] before anything is written, [`ScrubError::NotZero`] if something else was read back.
+///
+/// # Safety
+///
+/// The range must be mapped readable and writable, inside one mapping or allocation, and nothing (thread, guest, device,
+/// Rust reference) may access it during the call. Zero must be a valid value for whatever lives there.
+pub unsafe fn scrub_raw(
+    address: *mut u8,
+    len: usize,
+    policy: &Policy,
+) -> Result<Scrubbed, ScrubError> {
+    let wraps = address.addr().checked_add(len).is_none() || isize::try_from(len).is_err();
+    if address.is_null() || wraps {
+        return Err(ScrubError::InvalidRange {
+            address: address.addr(),
+            len,
+        });
+    }
+    let engine = Engine::new(Workers::caller(), policy.zero_loop);
+    let base = HostPtr(address);
+    // SAFETY: one range, so disjoint; the rest is the caller's promise.
+    let (zeroed, verdict) =
+        unsafe { engine.zero_and_verify(base, std::slice::from_ref(&(0..len)), policy.verify) };
+    if let Some(first) = verdict.failures().first() {
+        return Err(ScrubError::NotZero {
+            offset: first.offset,
+            pieces: verdict.failures().len(),
+        });
+    }
+    let read_back = policy.verify != Verify::None;
+    Ok(Scrubbed {
+        bytes: zeroed.bytes(),
+        bytes_verified: verdict.bytes(),
+        zero_loop: engine.zero_loop().name().to_owned(),
+        verify_loop: read_back.then(|| engine.verify_loop().name().to_owned()),
+        zeroing: zeroed.time(),
+        verifying: verdict.time(),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::arch::ZeroLoop;
+
+    #[test]
+    fn every_byte_is_zero_by_every_loop_at_sizes_around_a_piece() {
+        for zero_loop in ZeroLoop::available() {
+            for len in [0, 1, 63, 4097, (256 << 10) - 1, 256 << 10, (512 << 10) + 1] {
+                // One byte more on each side, which must stay.
+                let mut memory = vec![0xee_u8; len + 2];
+                let policy = Policy::new().zero_loop(zero_loop);
+                let done = scrub(&mut memory[1..=len], &policy).unwrap();
+                assert!(
+                    memory[1..=len].iter().all(|byte| *byte == 0),
+                    "{zero_loop} {len}"
+                );
+                assert_eq!(
+                    (memory[0], memory[len + 1]),
+                    (0xee, 0xee),
+                    "{zero_loop} {len}"
+                );
+                assert_eq!((done.bytes, done.bytes_verified), (len as u64, len as u64));
+                assert_eq!(done.zero_loop, zero_loop.name());
+            }
+        }
+    }
+
+    #[test]
+    fn without_verification_nothing_counts_as_verified() {
+        let mut memory = vec![1_u8; 10_000];
+        let done = scrub(&mut memory, &Policy::new().verify(Verify::None)).unwrap();
+        assert_eq!(
+            (done.bytes, done.bytes_verified, done.verify_loop),
+            (10_000, 0, None)
+        );
+        assert!(memory.iter().all(|byte| *byte == 0));
+    }
+
+    #[test]
+    fn ranges_that_are_none_are_refused_before_anything_is_written() {
+        let somewhere = std::ptr::without_provenance_mut::<u8>(4096);
+        for (address, len) in [
+            (std::ptr::null_mut(), 0),
+            (std::ptr::null_mut(), 1),
+            (somewhere, usize::MAX),
+        ] {
+            // SAFETY: the call refuses these ranges without touching them.
+            let error = unsafe { scrub_raw(address, len, &Policy::new()) }.unwrap_err();
+            assert_eq!(
+                error,
+                ScrubError::InvalidRange {
+                    address: address.addr(),
+                    len
+                }
+            );
+            assert!(error.to_string().contains("not a range of memory"));
+        }
+    }
+}

@@ -1,0 +1,83 @@
+//! The threads that scrub.
+//!
+//! They are started when a pool is built: VMM threads often run under a seccomp filter that forbids new ones later.
+
+use std::ops::Range;
+
+/// A fixed set of threads, or the calling thread alone.
+#[derive(Debug)]
+pub(crate) struct Workers {
+    #[cfg(feature = "rayon")]
+    pool: Option<rayon::ThreadPool>,
+}
+
+/// Why the threads could not be started.
+pub(crate) type StartError = Box<dyn std::error::Error + Send + Sync>;
+
+impl Workers {
+    /// No threads of its own: the caller does the work.
+    pub(crate) fn caller() -> Self {
+        Self {
+            #[cfg(feature = "rayon")]
+            pool: None,
+        }
+    }
+
+    /// Starts `threads` threads; with one, or without the `rayon` feature, the caller does the work.
+    pub(crate) fn start(threads: usize) -> Result<Self, StartError> {
+        #[cfg(feature = "rayon")]
+        if threads > 1 {
+            let pool = rayon::ThreadPoolBuilder::new()
+                .num_threads(threads)
+                .thread_name(|index| format!("vm-scrub-{index}"))
+                .build()?;
+            return Ok(Self { pool: Some(pool) });
+        }
+        let _ = threads;
+        Ok(Self::caller())
+    }
+
+    /// How many threads work at the same time.
+    pub(crate) fn threads(&self) -> usize {
+        #[cfg(feature = "rayon")]
+        if let Some(pool) = &self.pool {
+            return pool.current_num_threads();
+        }
+        1
+    }
+
+    /// Calls `work` once with each piece.
+    pub(crate) fn each(&self, pieces: &[Range<usize>], work: impl Fn(Range<usize>) + Sync) {
+        #[cfg(feature = "rayon")]
+        if let Some(pool) = &self.pool {
+            use rayon::prelude::*;
+            pool.install(|| pieces.par_iter().for_each(|piece| work(piece.clone())));
+            return;
+        }
+        pieces.iter().for_each(|piece| work(piece.clone()));
+    }
+
+    /// Calls `suspect` once with each piece and returns those for which it says yes, in order.
+    pub(crate) fn filter(
+        &self,
+        pieces: &[Range<usize>],
+        suspect: impl Fn(Range<usize>) -> bool + Sync,
+    ) -> Vec<Range<usize>> {
+        #[cfg(feature = "rayon")]
+        if let Some(pool) = &self.pool {
+            use rayon::prelude::*;
+            return pool.install(|| {
+                pieces
+                    .par_iter()
+                    .filter(|piece| suspect((*piece).clone()))
+                    .cloned()
+                    .collect()
+            });
+        }
+        pieces
+            .iter()
+            .filter(|piece| suspect((*piece).clone()))
+            .cloned()
+            .collect()
+    }
+}

@@ -1,0 +1,158 @@
+//! The one place where a system call can be made to fail on purpose.
+//!
+//! Every function of [`sys`](super) asks [`check`] before it calls the kernel. Without the `test-support` feature (and
+//! outside unit tests) that question costs nothing and the answer is always 'go ahead'. Faults are planned per thread, so
+//! that tests running side by side do not disturb each other.
+
+use super::Result;
+
+/// A system call that this library makes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum Call {
+    /// `mmap(2)`.
+    Mmap,
+    /// `munmap(2)`.
+    Munmap,
+    /// `mremap(2)`.
+    Mremap,
+    /// `mprotect(2)`.
+    Mprotect,
+    /// `madvise(2)` with advice that changes how a range is treated (`DONTFORK`, `DONTDUMP`, `UNMERGEABLE`, huge pages).
+    Madvise,
+    /// `madvise(2)` with `MADV_POPULATE_WRITE`.
+    Populate,
+    /// `memfd_create(2)`.
+    MemfdCreate,
+    /// `ftruncate(2)`.
+    Ftruncate,
+    /// `open(2)` of `/proc/self/pagemap`.
+    PagemapOpen,
+    /// `ioctl(2)` `PAGEMAP_SCAN` on `/proc/self/pagemap`.
+    PagemapScan,
+    /// `pread(2)` of `/proc/self/pagemap`.
+    PagemapRead,
+    /// `ioctl(2)` `KVM_SET_USER_MEMORY_REGION` that adds a memslot.
+    MemslotAdd,
+    /// `ioctl(2)` `KVM_SET_USER_MEMORY_REGION` that deletes a memslot.
+    MemslotDelete,
+}
+
+impl Call {
+    /// Every call, in the order of the definition: what a test of all failures walks through.
+    pub const ALL: &'static [Call] = &[
+        Call::Mmap,
+        Call::Munmap,
+        Call::Mremap,
+        Call::Mprotect,
+        Call::Madvise,
+        Call::Populate,
+        Call::MemfdCreate,
+        Call::Ftruncate,
+        Call::PagemapOpen,
+        Call::PagemapScan,
+        Call::PagemapRead,
+        Call::MemslotAdd,
+        Call::MemslotDelete,
+    ];
+
+    /// The call's name as an error message shows it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Call::Mmap => "mmap",
+            Call::Munmap => "munmap",
+            Call::Mremap => "mremap",
+            Call::Mprotect => "mprotect",
+            Call::Madvise => "madvise",
+            Call::Populate => "madvise(MADV_POPULATE_WRITE)",
+            Call::MemfdCreate => "memfd_create",
+            Call::Ftruncate => "ftruncate",
+            Call::PagemapOpen => "open(/proc/self/pagemap)",
+            Call::PagemapScan => "ioctl(PAGEMAP_SCAN)",
+            Call::PagemapRead => "pread(/proc/self/pagemap)",
+            Call::MemslotAdd => "ioctl(KVM_SET_USER_MEMORY_REGION)",
+            Call::MemslotDelete => "ioctl(KVM_SET_USER_MEMORY_REGION, size 0)",
+        }
+    }
+}
+
+#[cfg(not(any(test, feature = "test-support")))]
+mod plan {
+    use super::{Call, Result};
+
+    #[inline(always)]
+    pub(crate) fn check(_call: Call) -> Result<()> {
+        Ok(())
+    }
+}
+
+#[cfg(any(test, feature = "test-support"))]
+mod plan {
+    use super::super::Error;
+    use super::{Call, Result};
+    use std::cell::RefCell;
+    use std::io;
+    use std::marker::PhantomData;
+
+    #[derive(Debug)]
+    struct Fault {
+        call: Call,
+        skip: u32,
+        times: u32,
+        errno: i32,
+    }
+
+    thread_local! {
+        static PLAN: RefCell<Vec<Fault>> = const { RefCell::new(Vec::new()) };
+    }
+
+    /// Faults planned on this thread; dropping it forgets all of them.
+    #[derive(Debug)]
+    #[must_use = "the faults are forgotten when this is dropped"]
+    pub struct FaultGuard {
+        // Not `Send`: the plan belongs to the thread that made it.
+        thread_bound: PhantomData<*const ()>,
+    }
+
+    impl Drop for FaultGuard {
+        fn drop(&mut self) {
+            PLAN.with_borrow_mut(Vec::clear);
+        }
+    }
+
+    /// Makes `call` fail with `errno` on this thread: after `skip` successful calls, `times` times.
+    pub fn inject(call: Call, skip: u32, times: u32, errno: i32) -> FaultGuard {
+        PLAN.with_borrow_mut(|plan| {
+            plan.push(Fault {
+                call,
+                skip,
+                times,
+                errno,
+            });
+        });
+        FaultGuard {
+            thread_bound: PhantomData,
+        }
+    }
+
+    pub(crate) fn check(call: Call) -> Result<()> {
+        PLAN.with_borrow_mut(|plan| {
+            for fault in plan.iter_mut().filter(|fault| fault.call == call) {
+                if fault.skip > 0 {
+                    fault.skip -= 1;
+                } else if fault.times > 0 {
+                    fault.times -= 1;
+                    return Err(Error {
+                        call,
+                        source: io::Error::from_raw_os_error(fault.errno),
+                    });
+                }
+            }
+            Ok(())
+        })
+    }
+}
+
+pub(crate) use plan::check;
+#[cfg(any(test, feature = "test-support"))]
+pub use plan::{FaultGuard, inject};

@@ -1,0 +1,219 @@
+//! Mapping, moving and protecting address ranges.
+//!
+//! Addresses are passed as pointers that came from `mmap`; lengths are bytes and multiples of the page size. What makes
+//! these functions unsafe is always the same: they change mappings that somebody may hold references into.
+
+use super::{Call, Error, Result, fault};
+use std::os::fd::{AsRawFd, BorrowedFd};
+use std::ptr;
+
+/// What a range of memory is to be used for, as `madvise(2)` takes it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Advice {
+    /// A forked child does not get the range.
+    DontFork,
+    /// A core dump does not contain the range.
+    DontDump,
+    /// The kernel does not merge its pages with equal ones.
+    Unmergeable,
+    /// Transparent huge pages are wanted.
+    HugePage,
+    /// Transparent huge pages are not wanted.
+    NoHugePage,
+}
+
+impl Advice {
+    fn raw(self) -> libc::c_int {
+        match self {
+            Advice::DontFork => libc::MADV_DONTFORK,
+            Advice::DontDump => libc::MADV_DONTDUMP,
+            Advice::Unmergeable => libc::MADV_UNMERGEABLE,
+            Advice::HugePage => libc::MADV_HUGEPAGE,
+            Advice::NoHugePage => libc::MADV_NOHUGEPAGE,
+        }
+    }
+}
+
+fn mapped(address: *mut libc::c_void) -> Result<*mut u8> {
+    if address == libc::MAP_FAILED {
+        return Err(Error::last(Call::Mmap));
+    }
+    Ok(address.cast())
+}
+
+fn done(call: Call, status: libc::c_int) -> Result<()> {
+    if status == 0 {
+        Ok(())
+    } else {
+        Err(Error::last(call))
+    }
+}
+
+/// Reserves `len` bytes of address space that nobody can access, where the kernel likes.
+pub(crate) fn reserve(len: usize) -> Result<*mut u8> {
+    fault::check(Call::Mmap)?;
+    // SAFETY: without MAP_FIXED the kernel picks a range that nothing else uses.
+    mapped(unsafe {
+        libc::mmap(
+            ptr::null_mut(),
+            len,
+            libc::PROT_NONE,
+            libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE,
+            -1,
+            0,
+        )
+    })
+}
+
+/// Replaces whatever is mapped at `[address, address + len)` with inaccessible, empty address space, in one step.
+///
+/// # Safety
+/// The range must belong to the caller, and nobody may hold a Rust reference into it.
+pub(crate) unsafe fn make_inaccessible(address: *mut u8, len: usize) -> Result<()> {
+    fault::check(Call::Mmap)?;
+    // SAFETY: the caller owns the range, so replacing what is mapped there touches nothing of anybody else's.
+    mapped(unsafe {
+        libc::mmap(
+            address.cast(),
+            len,
+            libc::PROT_NONE,
+            libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE | libc::MAP_FIXED,
+            -1,
+            0,
+        )
+    })
+    .map(drop)
+}
+
+/// Maps fresh private anonymous memory, readable and writable, at `[address, address + len)`.
+///
+/// # Safety
+/// The range must be a reservation of the caller's, and nobody may hold a Rust reference into it.
+pub(crate) unsafe fn map_anonymous(address: *mut u8, len: usize) -> Result<()> {
+    fault::check(Call::Mmap)?;
+    // SAFETY: the caller owns the range.
+    mapped(unsafe {
+        libc::mmap(
+            address.cast(),
+            len,
+            libc::PROT_READ | libc::PROT_WRITE,
+            libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE | libc::MAP_FIXED,
+            -1,
+            0,
+        )
+    })
+    .map(drop)
+}
+
+/// Maps `len` bytes of `file` from `offset` as shared memory, readable and writable, at `address`.
+///
+/// # Safety
+/// The range must be a reservation of the caller's, and nobody may hold a Rust reference into it.
+pub(crate) unsafe fn map_shared(
+    address: *mut u8,
+    len: usize,
+    file: BorrowedFd<'_>,
+    offset: u64,
+) -> Result<()> {
+    fault::check(Call::Mmap)?;
+    let offset = libc::off_t::try_from(offset).map_err(|_| Error {
+        call: Call::Mmap,
+        source: std::io::Error::from_raw_os_error(libc::EOVERFLOW),
+    })?;
+    // SAFETY: the caller owns the range.
+    mapped(unsafe {
+        libc::mmap(
+            address.cast(),
+            len,
+            libc::PROT_READ | libc::PROT_WRITE,
+            libc::MAP_SHARED | libc::MAP_FIXED,
+            file.as_raw_fd(),
+            offset,
+        )
+    })
+    .map(drop)
+}
+
+/// Gives `[address, address + len)` back to the kernel.
+///
+/// # Safety
+/// The range must belong to the caller, and nobody may use it afterwards.
+pub(crate) unsafe fn unmap(address: *mut u8, len: usize) -> Result<()> {
+    fault::check(Call::Munmap)?;
+    // SAFETY: the caller owns the range and gives it up.
+    done(Call::Munmap, unsafe { libc::munmap(address.cast(), len) })
+}
+
+/// Moves the pages of `[from, from + len)` to `[to, to + len)`, replacing what was mapped there.
+///
+/// `from` stays mapped with the same protection, and empty (`MREMAP_DONTUNMAP`, Linux 5.7). The page tables change hands
+/// under the kernel's lock: no other thread sees the pages at both places or at none.
+///
+/// # Safety
+/// Both ranges must belong to the caller, must not overlap, and nobody may hold a Rust reference into either.
+pub(crate) unsafe fn move_pages(from: *mut u8, to: *mut u8, len: usize) -> Result<()> {
+    fault::check(Call::Mremap)?;
+    // SAFETY: the caller owns both ranges; MREMAP_FIXED replaces only `[to, to + len)`.
+    mapped(unsafe {
+        libc::mremap(
+            from.cast(),
+            len,
+            len,
+            libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED | libc::MREMAP_DONTUNMAP,
+            to,
+        )
+    })
+    .map(drop)
+    .map_err(|error| Error {
+        call: Call::Mremap,
+        ..error
+    })
+}
+
+/// Makes `[address, address + len)` readable and writable.
+///
+/// # Safety
+/// The range must belong to the caller.
+pub(crate) unsafe fn make_writable(address: *mut u8, len: usize) -> Result<()> {
+    fault::check(Call::Mprotect)?;
+    // SAFETY: the caller owns the range.
+    done(Call::Mprotect, unsafe {
+        libc::mprotect(address.cast(), len, libc::PROT_READ | libc::PROT_WRITE)
+    })
+}
+
+/// Tells the kernel how `[address, address + len)` is to be treated.
+///
+/// # Safety
+/// The range must belong to the caller.
+pub(crate) unsafe fn advise(address: *mut u8, len: usize, advice: Advice) -> Result<()> {
+    fault::check(Call::Madvise)?;
+    // SAFETY: the caller owns the range, and none of `Advice` changes what the memory contains.
+    done(Call::Madvise, unsafe {
+        libc::madvise(address.cast(), len, advice.raw())
+    })
+}
+
+/// Faults in every page of `[address, address + len)` for writing (`MADV_POPULATE_WRITE`, Linux 5.14).
+///
+/// # Safety
+/// The range must be mapped writable and belong to the caller.
+pub(crate) unsafe fn populate(address: *mut u8, len: usize) -> Result<()> {
+    fault::check(Call::Populate)?;
+    loop {
+        // SAFETY: the caller owns the range; populating does not change what the memory contains.
+        let status = unsafe { libc::madvise(address.cast(), len, libc::MADV_POPULATE_WRITE) };
+        match done(Call::Populate, status) {
+            // A signal arrived: what is populated stays so, and going over it again is cheap.
+            Err(error) if error.errno() == Some(libc::EINTR) => {}
+            result => return result,
+        }
+    }
+}
+
+/// The size in bytes of the host's smallest page.
+pub(crate) fn host_page_size() -> usize {
+    // SAFETY: sysconf reads a constant.
+    let size = unsafe { libc::sysconf(libc::_SC_PAGESIZE) };
+    usize::try_from(size).unwrap_or(0)
+}

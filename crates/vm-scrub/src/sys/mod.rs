@@ -1,0 +1,54 @@
+//! Every system call the library makes, and nothing else.
+//!
+//! Kept in one place so that an auditor can list them, a seccomp filter can be written from them, and a test can make
+//! each one fail ([`fault`]). Functions here add no policy: they take exact ranges, call the kernel once (again only on
+//! `EINTR`), and say which call failed.
+
+pub(crate) mod fault;
+pub(crate) mod hugetlb;
+pub(crate) mod map;
+pub(crate) mod pagemap;
+
+use std::fmt;
+use std::io;
+
+pub use fault::Call;
+
+/// A system call that failed: which one, and the error the kernel gave.
+#[derive(Debug)]
+pub struct Error {
+    /// The call that failed.
+    pub call: Call,
+    /// What the kernel answered.
+    pub source: io::Error,
+}
+
+/// What a function of this module returns.
+pub(crate) type Result<T> = std::result::Result<T, Error>;
+
+impl Error {
+    /// Wraps `errno` as the failure of `call`.
+    pub(crate) fn last(call: Call) -> Self {
+        Self {
+            call,
+            source: io::Error::last_os_error(),
+        }
+    }
+
+    /// The error number, where the kernel gave one.
+    pub(crate) fn errno(&self) -> Option<i32> {
+        self.source.raw_os_error()
+    }
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}: {}", self.call.name(), self.source)
+    }
+}
+
+impl std::error::Error for Error {
+    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        Some(&self.source)
+    }
+}
