@@ -1,2 +1,28 @@
-//! placeholder
-fn main() {}
+//! The `vm-scrub` command.
+//!
+//! Results go to standard output, everything about them (progress, warnings, errors) to standard error. The exit status is
+//! 0 if what was asked for was shown to hold, 1 if it was not or could not be tried, and 2 for bad arguments.
+
+mod args;
+mod demo;
+mod format;
+
+use args::{Args, Command};
+use clap::Parser;
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    let args = Args::parse();
+    env_logger::Builder::from_env(env_logger::Env::default().default_filter_or("error")).init();
+    let done = match args.command {
+        Command::Demo(demo) => demo::run(&demo),
+    };
+    match done {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}

@@ -83,11 +83,15 @@ pub enum RegisterError {
     },
 }
 
-/// Why memslots could not be deleted, with those that are left, to try again.
+/// Why memslots could not be deleted. Those before it are; the lease cannot be torn down while one is left.
+#[derive(Debug, thiserror::Error)]
+#[error(
+    "KVM did not delete memslot {slot} of {lease} ({source}): stop the vCPUs and call `remove` again"
+)]
 #[non_exhaustive]
-pub struct RemoveError<V: Deref<Target = VmFd>> {
-    /// The memslots that are left.
-    pub memslots: Memslots<V>,
+pub struct RemoveError {
+    /// The lease whose memory the slot shows.
+    pub lease: LeaseId,
     /// The slot that KVM did not delete.
     pub slot: u32,
     /// What KVM answered.
@@ -174,16 +178,15 @@ impl<V: Deref<Target = VmFd>> Memslots<V> {
     ///
     /// # Errors
     ///
-    /// [`RemoveError`] with the memslots that are left.
-    pub fn remove(mut self) -> Result<Quiesced, Box<RemoveError<V>>> {
-        match self.delete() {
-            Ok(()) => Ok(Quiesced::of(self.lease)),
-            Err((slot, source)) => Err(Box::new(RemoveError {
-                memslots: self,
-                slot,
-                source,
-            })),
-        }
+    /// [`RemoveError`] if KVM does not delete one of them. It can be tried again.
+    pub fn remove(&mut self) -> Result<Quiesced, RemoveError> {
+        let lease = self.lease;
+        self.delete().map_err(|(slot, source)| RemoveError {
+            lease,
+            slot,
+            source,
+        })?;
+        Ok(Quiesced::of(lease))
     }
 
     fn delete(&mut self) -> Result<(), (u32, io::Error)> {
@@ -228,31 +231,5 @@ impl<V: Deref<Target = VmFd>> fmt::Debug for Memslots<V> {
             .field("lease", &self.lease)
             .field("slots", &self.slots)
             .finish_non_exhaustive()
-    }
-}
-
-impl<V: Deref<Target = VmFd>> fmt::Debug for RemoveError<V> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("RemoveError")
-            .field("memslots", &self.memslots)
-            .field("slot", &self.slot)
-            .field("source", &self.source)
-            .finish()
-    }
-}
-
-impl<V: Deref<Target = VmFd>> fmt::Display for RemoveError<V> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(
-            f,
-            "KVM did not delete memslot {} of {} ({}): stop the vCPUs and call `remove` on the memslots in this error",
-            self.slot, self.memslots.lease, self.source
-        )
-    }
-}
-
-impl<V: Deref<Target = VmFd>> std::error::Error for RemoveError<V> {
-    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
-        Some(&self.source)
     }
 }

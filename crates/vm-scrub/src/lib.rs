@@ -1,5 +1,73 @@
-//! placeholder
-#![cfg_attr(docsrs, feature(doc_cfg))]
+//! Scrubs a guest's memory when the guest goes, and proves it, before another guest gets it.
+//!
+//! A virtual machine monitor leases each guest's memory from a [`Pool`]. When the guest goes, the lease is torn down: the
+//! memory is taken away from every address through which the guest and its devices reached it, every byte that can hold
+//! data is set to zero and read back, and only then is it leased again. Each teardown leaves a [`ScrubReceipt`] in which
+//! every byte of the guest is accounted for.
+//!
+#![cfg_attr(feature = "kvm", doc = "```no_run")]
+#![cfg_attr(not(feature = "kvm"), doc = "```ignore")]
+//! use kvm_ioctls::Kvm;
+//! use vm_memory::GuestAddress;
+//! use vm_scrub::{Pool, kvm::Memslots};
+//!
+//! let pool = Pool::builder().capacity(8 << 30).build()?;
+//! let vm = Kvm::new()?.create_vm()?;
+//!
+//! let lease = pool.lease(&[(GuestAddress(0), 3 << 30), (GuestAddress(4 << 30), 1 << 30)])?;
+//! let memory = lease.memory();
+//! let mut memslots = Memslots::register(&vm, &lease)?;
+//! // ... the guest runs, and is stopped ...
+//! drop(memory);
+//! let quiesced = memslots.remove()?;
+//! let receipt = lease.teardown(quiesced)?;
+//! assert!(receipt.is_proven());
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
+//!
+//! # What is promised
+//!
+//! - **Zero at the start.** Every byte of a lease is zero when the lease is made.
+//! - **Nothing unproven is leased.** Memory enters the free list only out of verification: the steps are types, and
+//!   'recycled but not verified' does not compile (see [`lease::teardown`]). What cannot be proven clean is quarantined,
+//!   counted, and never leased again. So is memory whose lease was dropped, forgotten or lost in a panic, unless it is
+//!   certain that the guest is stopped; then it is torn down on the spot.
+//! - **Out of reach first.** Before the first zero is written the guest's address window no longer leads to the memory, in
+//!   one step of the kernel: a late vCPU, device thread or forgotten pointer faults, and does not meet the next guest.
+//! - **Not while in use.** A lease with registered memslots, or of whose guest memory a handle is alive, is not torn down;
+//!   the error hands it back.
+//! - **Every byte accounted for.** `scrubbed + never populated + quarantined = leased` in each receipt, and
+//!   `clean + leased + dirty + quarantined = capacity` in the pool, at any moment.
+//! - **Not optimised away.** The compiler can remove neither the zeros nor the reading back.
+//! - **No panics** on any input.
+//!
+//! # What is not promised
+//!
+//! - **Copies elsewhere.** Registers, CPU caches of other kinds than data, swap, pages that the kernel migrated, the page
+//!   cache, and whatever devices or the VMM copied out of guest memory are not found. Do not swap; keep KSM off.
+//! - **DMA.** Moving pages away does not unpin them. That no device still writes is part of the [`Quiesced`] statement.
+//! - **Power-off and cold-boot attacks**, rowhammer, and side channels.
+//! - **Verification reads what the next guest would read**, through the caches ([`Verify::Full`]); broken memory chips that
+//!   lose zeros later are not found.
+//! - **The VMM itself is trusted.** Code in this process that writes into the pool's private arena through a wild pointer is
+//!   not kept out.
+//!
+//! # Features
+//!
+//! | feature | on by default | adds |
+//! |---|---|---|
+//! | `kvm` | yes | [`kvm`]: memslots and the proof that they are gone; turns on `vm-memory` |
+//! | `vm-memory` | with `kvm` | [`Pool`], [`Lease`] and everything about them |
+//! | `rayon` | yes | scrubbing with several threads |
+//! | `serde` | no | receipts and accounts can be serialised |
+//!
+//! Without any, the crate is the scrubber alone, on libc: [`scrub`] and [`scrub_raw`], for memory that something else
+//! allocated.
+//!
+//! # Hosts
+//!
+//! Linux 5.14 and later (5.10 where nothing is populated up front) with 4 KiB pages, on x86_64 and aarch64, with glibc or
+//! musl. From Linux 6.7 on, the kernel is asked for populated pages by `PAGEMAP_SCAN`; before, by reading the pagemap.
 
 pub mod arch;
 #[cfg(feature = "vm-memory")]
@@ -32,3 +100,8 @@ pub use {
     pool::{Accounts, Extent, PageSize, Pool, PoolBuilder, PoolError},
     sys::{Call as SysCall, Error as SysError},
 };
+
+/// The examples in the README, compiled.
+#[cfg(all(doctest, feature = "kvm"))]
+#[doc = include_str!("../../../README.md")]
+struct Readme;

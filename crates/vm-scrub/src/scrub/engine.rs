@@ -247,15 +247,18 @@ impl Engine {
         } else {
             total(pieces)
         };
+        #[cfg(feature = "vm-memory")]
+        if let Some(first) = suspects.first() {
+            log::warn!(
+                "{} of {} pieces are not zero after scrubbing, the first at pool offset {:#x}: scrubbing them again",
+                suspects.len(),
+                pieces.len(),
+                first.start
+            );
+        }
         let mut failed_bytes = 0;
         let mut failures = Vec::new();
         for piece in suspects {
-            #[cfg(feature = "vm-memory")]
-            log::warn!(
-                "{} bytes at pool offset {:#x} are not zero after scrubbing: scrubbing again",
-                piece.len(),
-                piece.start
-            );
             // SAFETY: as in `zero`.
             let found = unsafe {
                 self.zero_piece(base, piece.clone());

@@ -1,0 +1,21 @@
+#!/usr/bin/env bash
+# What must be clean besides the tests: format, lints, docs, and every combination of the library's features.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+step() {
+    printf '\n== %s\n' "$*"
+    "$@"
+}
+
+step cargo fmt --all --check
+step cargo clippy --locked --workspace --all-targets -- -D warnings
+# The library alone, as embedders build it; test-support is only for this project and always on in the workspace build above.
+for features in "" rayon vm-memory vm-memory,rayon kvm kvm,rayon serde kvm,rayon,serde kvm,rayon,serde,test-support; do
+    step cargo clippy --locked -p vm-scrub --all-targets --no-default-features --features "$features" -- -D warnings
+done
+step cargo test --locked -p vm-scrub --no-default-features
+export RUSTDOCFLAGS="-D warnings"
+step cargo doc --locked --workspace --no-deps
+step cargo doc --locked -p vm-scrub --no-deps --no-default-features
+printf '\nall checks passed\n'
