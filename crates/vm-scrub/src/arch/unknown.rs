@@ -1,5 +1,5 @@
-//! The answer to a name that is no loop here: on a command line or in a configuration file, the useful part is what
-//! would have worked.
+//! The answer to a name that is no loop here: on a command line or in a configuration file, the
+//! useful part is what would have worked.
 
 use core::error::Error;
 use core::fmt;

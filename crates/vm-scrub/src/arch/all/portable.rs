@@ -1,7 +1,8 @@
 //! Zeroing and verification without any instruction the compiler would not choose by itself.
 //!
-//! Zeroing is `memset`, which the C library implements for the processor it finds. Verification is plain integer
-//! arithmetic that the compiler may vectorise for the target's baseline. Assumes nothing about the processor.
+//! Zeroing is `memset`, which the C library implements for the processor it finds. Verification is
+//! plain integer arithmetic that the compiler may vectorise for the target's baseline. Assumes
+//! nothing about the processor.
 
 use crate::arch::barrier::forget_contents;
 use crate::arch::generic::verify::{self, Vector};
@@ -79,12 +80,14 @@ impl Verify {
     ///
     /// As [`VerifyLoop::first_nonzero`](crate::arch::VerifyLoop::first_nonzero).
     pub unsafe fn first_nonzero(self, ptr: *const u8, len: usize) -> Option<usize> {
-        // SAFETY: the caller promises `len` readable, initialised bytes; 64-bit integers need no processor feature.
+        // SAFETY: the caller promises `len` readable, initialised bytes; 64-bit integers need no
+        // processor feature.
         unsafe { verify::first_nonzero::<u64>(ptr, len) }
     }
 }
 
-/// Ordinary stores of zero that the compiler can't leave out; also the heads and tails of the other loops.
+/// Ordinary stores of zero that the compiler can't leave out; also the heads and tails of the other
+/// loops.
 ///
 /// # Safety
 ///
@@ -94,7 +97,8 @@ pub(in crate::arch) unsafe fn zero(ptr: *mut u8, len: usize) {
     if len == 0 {
         return;
     }
-    // SAFETY: the caller promises `len` writable bytes that nobody else accesses; any byte pattern is a valid `u8`.
+    // SAFETY: the caller promises `len` writable bytes that nobody else accesses; any byte pattern
+    // is a valid `u8`.
     unsafe { ptr.write_bytes(0, len) };
     forget_contents(ptr);
 }

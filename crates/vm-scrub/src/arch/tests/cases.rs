@@ -1,23 +1,29 @@
-//! The table: lengths around every boundary a loop may have, every alignment to a line and beyond, both guard pages.
+//! The table: lengths around every boundary a loop may have, every alignment to a line and beyond,
+//! both guard pages.
+
+use std::fmt::Arguments;
 
 use super::guarded::Guarded;
 
 /// What surrounds the range under test.
 const OUTSIDE: u8 = 0xa5;
 
-/// Lengths in bytes: everything below a vector, then both sides of lines, blocks, pages and a few odd ones.
+/// Lengths in bytes: everything below a vector, then both sides of lines, blocks, pages and a few
+/// odd ones.
 #[rustfmt::skip]
 const LENGTHS: &[usize] = &[
-    0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31,
-    32, 33, 47, 48, 49, 63, 64, 65, 95, 96, 97, 127, 128, 129, 191, 192, 193, 255, 256, 257, 319, 320, 321, 383, 384, 385,
-    511, 512, 513, 575, 576, 577, 639, 640, 641, 1023, 1024, 1025, 1087, 1151, 2047, 2048, 2049, 4095, 4096, 4097,
-    12_289, 65_535, 65_537, 100_003,
+    0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23, 24, 25,
+    26, 27, 28, 29, 30, 31, 32, 33, 47, 48, 49, 63, 64, 65, 95, 96, 97, 127, 128, 129, 191, 192,
+    193, 255, 256, 257, 319, 320, 321, 383, 384, 385, 511, 512, 513, 575, 576, 577, 639, 640, 641,
+    1023, 1024, 1025, 1087, 1151, 2047, 2048, 2049, 4095, 4096, 4097, 12_289, 65_535, 65_537,
+    100_003,
 ];
 
-/// Up to this length, in bytes, every alignment is tried, and every byte is made the culprit.
+/// Up to this length, in bytes, every byte is made the culprit.
 const EXHAUSTIVE: usize = 257;
 
-/// Distances from a guard page: two whole lines of 64 bytes, or a few beyond what is exhaustive.
+/// Distances of a range from a guard page, in bytes: everything within two lines of 64; for the
+/// longest ranges the edges of lines and vectors only.
 fn shifts(len: usize) -> impl Iterator<Item = usize> {
     let step = if cfg!(miri) { 13 } else { 1 };
     (0..=128)
@@ -54,15 +60,16 @@ pub(super) fn zeroing(zero: impl Fn(*mut u8, usize)) {
         zero(buffer.start().wrapping_add(start), len);
         let (before, rest) = buffer.bytes().split_at(start);
         let (inside, after) = rest.split_at(len);
-        let place = format!("{len} bytes at offset {start}");
-        assert_all(before, OUTSIDE, "before", &place);
-        assert_all(inside, 0, "inside", &place);
-        assert_all(after, OUTSIDE, "after", &place);
+        let place = format_args!("{len} bytes at offset {start}");
+        assert_all(before, OUTSIDE, "before", place);
+        assert_all(inside, 0, "inside", place);
+        assert_all(after, OUTSIDE, "after", place);
     });
     zero(std::ptr::null_mut(), 0);
 }
 
-/// Searches every range of the table while it is clean, and with one bit set in each place worth trying.
+/// Searches every range of the table while it is clean, and with one bit set in each place worth
+/// trying.
 pub(super) fn verification(first_nonzero: impl Fn(*const u8, usize) -> Option<usize>) {
     each_range(|buffer, start, len| {
         buffer.bytes().fill(OUTSIDE);
@@ -87,20 +94,27 @@ pub(super) fn verification(first_nonzero: impl Fn(*const u8, usize) -> Option<us
     assert_eq!(first_nonzero(std::ptr::null(), 0), None);
 }
 
-/// Offsets that get a bit: all of a short range; the ends of a long one and a stride through it that meets every
-/// position in a line and, from range to range, every line of a block.
+/// Offsets that get a bit: all of a short range next to the lower guard; else the ends and a stride
+/// through the range. The stride counts from the buffer's start and shares no factor with lines and
+/// blocks, so that from range to range it meets every position in either.
 fn culprits(start: usize, len: usize) -> impl Iterator<Item = usize> {
-    let stride = if cfg!(miri) { 97 } else { 37 };
-    (0..len).filter(move |&at| {
-        len <= EXHAUSTIVE && !cfg!(miri)
-            || at < 2
-            || len - at < 3
-            || (at + start).is_multiple_of(stride) && (len < 8192 || at.is_multiple_of(stride))
-    })
+    let is_low = start <= 128;
+    let all = is_low && len <= EXHAUSTIVE && !cfg!(miri);
+    let stride = match len {
+        0..1024 => 37,
+        1024..8192 => 151,
+        _ => 4099,
+    };
+    (0..len).filter(move |&at| all || at < 2 || len - at < 3 || (at + start).is_multiple_of(stride))
 }
 
-fn assert_all(bytes: &[u8], value: u8, part: &str, place: &str) {
-    if let Some(at) = bytes.iter().position(|&byte| byte != value) {
-        panic!("{place}: byte {at} {part} the range is {:#04x}", bytes[at]);
+fn assert_all(bytes: &[u8], value: u8, part: &str, place: Arguments<'_>) {
+    // All bytes are `value` if the first is and each equals the one before it: one comparison of
+    // two slices, which is fast in an unoptimised build too.
+    let [first, rest @ ..] = bytes else { return };
+    if *first == value && *rest == bytes[..rest.len()] {
+        return;
     }
+    let wrong = bytes.iter().position(|&byte| byte != value);
+    panic!("{place}: byte {wrong:?} {part} the range is not {value:#04x}");
 }

@@ -1,4 +1,5 @@
-//! Memory between two pages that nobody may touch, so that a loop which leaves its range by one byte crashes the test.
+//! Memory between two pages that nobody may touch, so that a loop which leaves its range by one
+//! byte crashes the test.
 
 use std::ptr;
 
@@ -28,7 +29,8 @@ impl Guarded {
         assert_ne!(map, libc::MAP_FAILED, "no room for {len} guarded bytes");
         // SAFETY: the mapping is two pages longer than `len`.
         let start = unsafe { map.cast::<u8>().add(page) };
-        // SAFETY: the pages from `start` on are inside the mapping made above, which nothing else uses.
+        // SAFETY: the pages from `start` on are inside the mapping made above, which nothing else
+        // uses.
         let granted =
             unsafe { libc::mprotect(start.cast(), len, libc::PROT_READ | libc::PROT_WRITE) };
         assert_eq!(granted, 0, "the kernel refused access to a new mapping");
@@ -52,7 +54,8 @@ fn page_size() -> usize {
     usize::try_from(page).expect("a page has a size")
 }
 
-// The interpreter maps no pages without access, but sees every access outside an allocation by itself.
+// The interpreter maps no pages without access, but sees every access outside an allocation by
+// itself.
 #[cfg(miri)]
 impl Guarded {
     pub(super) fn new(len: usize) -> Self {
@@ -85,8 +88,8 @@ impl Guarded {
 
     /// Everything between the guard pages.
     pub(super) fn bytes(&mut self) -> &mut [u8] {
-        // SAFETY: `len` bytes from `start` are mapped, readable and writable, initialised (new pages are zero), and
-        // borrowed as long as the result lives.
+        // SAFETY: `len` bytes from `start` are mapped, readable and writable, initialised (new
+        // pages are zero), and borrowed as long as the result lives.
         unsafe { std::slice::from_raw_parts_mut(self.start, self.len) }
     }
 }

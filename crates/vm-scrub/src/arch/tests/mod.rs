@@ -1,9 +1,11 @@
 //! One table of cases for every loop.
 //!
-//! The loops differ in their instructions and must not differ in anything else, so the cases are written once and
-//! instantiated for each. A loop that this processor can't run says so where nobody can overlook it.
+//! The loops differ in their instructions and must not differ in anything else, so the cases are
+//! written once and instantiated for each. A loop that this processor can't run says so where
+//! nobody can overlook it.
 
 mod cases;
+mod generic;
 mod guarded;
 mod handles;
 
@@ -59,6 +61,9 @@ verify_tests! {
 #[cfg(target_arch = "x86_64")]
 zero_tests! {
     zero_rep_stosb: crate::arch::x86_64::rep_stosb::Zero,
+    zero_avx2_stream: crate::arch::x86_64::avx2::Stream,
+    zero_avx512_stream: crate::arch::x86_64::avx512::Stream,
+    zero_clzero: crate::arch::x86_64::clzero::Zero,
 }
 
 #[cfg(target_arch = "x86_64")]
@@ -66,4 +71,15 @@ verify_tests! {
     verify_sse2: crate::arch::x86_64::sse2::Verify,
     verify_avx2: crate::arch::x86_64::avx2::Verify,
     verify_avx512: crate::arch::x86_64::avx512::Verify,
+}
+
+#[cfg(target_arch = "aarch64")]
+zero_tests! {
+    zero_dc_zva: crate::arch::aarch64::dc_zva::Zero,
+    zero_neon_pairs: crate::arch::aarch64::neon::Zero,
+}
+
+#[cfg(target_arch = "aarch64")]
+verify_tests! {
+    verify_neon: crate::arch::aarch64::neon::Verify,
 }
