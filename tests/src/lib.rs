@@ -1,1 +1,62 @@
-//! placeholder
+//! What the integration tests share: pools and guests of a few megabytes, and ways to look at memory from outside.
+//!
+//! Everything here goes through the public interface of vm-scrub and what Linux tells about a process; nothing reaches
+//! into the library. Functions panic where a test would: they are for tests.
+
+pub mod guest;
+pub mod huge_pages;
+pub mod logs;
+pub mod maps;
+pub mod pools;
+
+pub use guest::{assert_all_zero, fill, first_nonzero};
+pub use huge_pages::HugePages;
+pub use pools::{
+    PAGE, assert_adds_up, assert_nothing_dirty_left, pool, quiesce, regions, teardown,
+};
+
+/// Makes three tests out of a function that takes a [`PageSize`](vm_scrub::PageSize): one for each size.
+///
+/// The number is how many hugetlb pages of 2 MiB the function needs at most; where the host has none to give, that one
+/// test says so and does nothing.
+#[macro_export]
+macro_rules! on_every_page_size {
+    ($($name:ident: $huge_pages:expr),+ $(,)?) => {$(
+        mod $name {
+            #[test]
+            fn base_4k() {
+                super::$name(vm_scrub::PageSize::Base4K);
+            }
+
+            #[test]
+            fn transparent() {
+                super::$name(vm_scrub::PageSize::Transparent);
+            }
+
+            #[test]
+            fn huge_2m() {
+                if let Some(_reserved) = $crate::HugePages::reserve($huge_pages) {
+                    super::$name(vm_scrub::PageSize::Huge2M);
+                }
+            }
+        }
+    )+};
+}
+
+/// The same for the two sizes whose guests may have regions of any number of 4 KiB pages.
+#[macro_export]
+macro_rules! on_small_page_sizes {
+    ($($name:ident),+ $(,)?) => {$(
+        mod $name {
+            #[test]
+            fn base_4k() {
+                super::$name(vm_scrub::PageSize::Base4K);
+            }
+
+            #[test]
+            fn transparent() {
+                super::$name(vm_scrub::PageSize::Transparent);
+            }
+        }
+    )+};
+}

@@ -1,0 +1,120 @@
+//! What the kernel says about this process's address space.
+
+use std::fs;
+use std::ops::Range;
+
+/// One mapping, from `/proc/self/smaps`.
+#[derive(Debug, Clone)]
+pub struct Mapping {
+    /// The addresses.
+    pub range: Range<usize>,
+    /// `rwxp` or `rwxs`, with dashes.
+    pub permissions: String,
+    /// Bytes that are populated.
+    pub resident: u64,
+    /// Two-letter flags: `dd` is not dumped, `dc` is not inherited by children, `mg` may be merged.
+    pub flags: Vec<String>,
+}
+
+impl Mapping {
+    /// Whether the mapping has this two-letter flag.
+    pub fn has(&self, flag: &str) -> bool {
+        self.flags.iter().any(|each| each == flag)
+    }
+}
+
+/// Every mapping that shares an address with `range`, in ascending order.
+pub fn mappings(range: Range<usize>) -> Vec<Mapping> {
+    let smaps = fs::read_to_string("/proc/self/smaps").expect("a process can read its own smaps");
+    let mut all: Vec<Mapping> = Vec::new();
+    for line in smaps.lines() {
+        let (key, rest) = line.split_once(' ').unwrap_or((line, ""));
+        if let Some(name) = key.strip_suffix(':') {
+            let Some(mapping) = all.last_mut() else {
+                continue;
+            };
+            match name {
+                "Rss" => mapping.resident = kilobytes(rest),
+                // Hugetlb pages are not in Rss.
+                "Private_Hugetlb" | "Shared_Hugetlb" => mapping.resident += kilobytes(rest),
+                "VmFlags" => mapping.flags = rest.split_whitespace().map(str::to_owned).collect(),
+                _ => {}
+            }
+        } else if let Some((start, end)) = key.split_once('-') {
+            let address = |text| usize::from_str_radix(text, 16).expect("smaps has hex addresses");
+            all.push(Mapping {
+                range: address(start)..address(end),
+                permissions: rest.chars().take(4).collect(),
+                resident: 0,
+                flags: Vec::new(),
+            });
+        }
+    }
+    all.retain(|mapping| mapping.range.start < range.end && range.start < mapping.range.end);
+    all
+}
+
+fn kilobytes(text: &str) -> u64 {
+    let number = text.trim().trim_end_matches("kB").trim();
+    number.parse::<u64>().expect("smaps counts in kB") << 10
+}
+
+/// Whether the kernel would let this process read the byte at `address`: asks without touching it.
+pub fn is_readable(address: usize) -> bool {
+    let mut byte = 0_u8;
+    let local = libc::iovec {
+        iov_base: (&raw mut byte).cast(),
+        iov_len: 1,
+    };
+    let remote = libc::iovec {
+        iov_base: std::ptr::without_provenance_mut(address),
+        iov_len: 1,
+    };
+    // SAFETY: `local` is a byte of this function's; `remote` is looked at by the kernel, which answers EFAULT.
+    let read = unsafe { libc::process_vm_readv(libc::getpid(), &local, 1, &remote, 1, 0) };
+    assert!(
+        read == 1 || std::io::Error::last_os_error().raw_os_error() == Some(libc::EFAULT),
+        "{}",
+        std::io::Error::last_os_error()
+    );
+    read == 1
+}
+
+/// Whether the kernel would let this process write the byte at `address`; if so, the byte becomes `value`.
+pub fn is_writable(address: usize, mut value: u8) -> bool {
+    let local = libc::iovec {
+        iov_base: (&raw mut value).cast(),
+        iov_len: 1,
+    };
+    let remote = libc::iovec {
+        iov_base: std::ptr::without_provenance_mut(address),
+        iov_len: 1,
+    };
+    // SAFETY: tests pass addresses in windows of their own leases, to which nobody holds a reference; anything that is not
+    // writable is answered with EFAULT.
+    let written = unsafe { libc::process_vm_writev(libc::getpid(), &local, 1, &remote, 1, 0) };
+    assert!(
+        written == 1 || std::io::Error::last_os_error().raw_os_error() == Some(libc::EFAULT),
+        "{}",
+        std::io::Error::last_os_error()
+    );
+    written == 1
+}
+
+/// Bytes that are populated in `range`, by `/proc/self/pagemap`: present or swapped out, one entry a page.
+pub fn populated_bytes(range: Range<usize>) -> u64 {
+    use std::os::unix::fs::FileExt;
+    let pagemap = fs::File::open("/proc/self/pagemap").expect("a process can read its own pagemap");
+    let mut entries = vec![0_u8; range.len() / 4096 * 8];
+    pagemap
+        .read_exact_at(&mut entries, (range.start / 4096 * 8) as u64)
+        .expect("pagemap has an entry for each page");
+    let populated = entries
+        .as_chunks::<8>()
+        .0
+        .iter()
+        // Documentation/admin-guide/mm/pagemap.rst: bit 63 is present, bit 62 is swapped.
+        .filter(|entry| u64::from_ne_bytes(**entry) >> 62 != 0)
+        .count();
+    populated as u64 * 4096
+}
