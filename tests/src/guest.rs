@@ -47,7 +47,7 @@ pub fn first_nonzero(lease: &Lease) -> Option<u64> {
 
 /// The first address in `[address, address + bytes)` whose byte is not zero.
 pub fn first_nonzero_in(memory: &GuestMemoryMmap, address: u64, bytes: u64) -> Option<u64> {
-    const ZEROS: [u8; CHUNK] = [0; CHUNK];
+    static ZEROS: [u8; CHUNK] = [0; CHUNK];
     let mut chunk = vec![0xff_u8; CHUNK];
     let mut at = 0;
     while at < bytes {
