@@ -3,7 +3,7 @@
 //! A page is in exactly one place at any time. `mremap(2)` moves page tables, not bytes, so a gigabyte changes hands in
 //! milliseconds and stays populated: the next guest takes no page faults.
 
-use super::{Backing, Revocation, Revoked, Window, WindowSpace, keep_private};
+use super::{Backing, NotGranted, Revocation, Revoked, Window, WindowSpace, keep_private};
 use crate::scrub::{HostPtr, Residency};
 use crate::sys;
 use crate::sys::map::{self, Advice};
@@ -17,6 +17,7 @@ const SMALLEST_MOVE: usize = 4096;
 pub(crate) struct AnonymousArena {
     window: Option<Window>,
     base: HostPtr,
+    huge_pages: bool,
 }
 
 impl AnonymousArena {
@@ -29,22 +30,67 @@ impl AnonymousArena {
             map::map_anonymous(base.0, len)?;
             keep_private(base.0, len);
         }
-        let advice = if huge_pages {
-            Advice::HugePage
-        } else {
-            Advice::NoHugePage
+        let arena = Self {
+            window: Some(window),
+            base,
+            huge_pages,
         };
         // SAFETY: the range was mapped just now and is ours.
-        match unsafe { map::advise(base.0, len, advice) } {
+        match unsafe { map::advise(base.0, len, arena.page_advice()) } {
             Ok(()) => {}
             // A kernel without transparent huge pages: small pages are all there is.
             Err(error) if !huge_pages && error.errno() == Some(libc::EINVAL) => {}
             Err(error) => return Err(error),
         }
-        Ok(Self {
-            window: Some(window),
-            base,
-        })
+        arena.keep_mergeable();
+        Ok(arena)
+    }
+
+    fn page_advice(&self) -> Advice {
+        if self.huge_pages {
+            Advice::HugePage
+        } else {
+            Advice::NoHugePage
+        }
+    }
+
+    /// Lets the kernel join the pieces of the arena again when they come home.
+    ///
+    /// A mapping that was moved before its first page fault takes the addresses of its new place for its own, and is not
+    /// joined with its old neighbours when it comes back: each lease would leave one mapping more, up to one for each block.
+    /// After the first write the kernel keeps the numbering with which the arena began.
+    fn keep_mergeable(&self) {
+        // SAFETY: the arena was mapped just now, writable, and nobody refers to it.
+        let discarded = unsafe {
+            self.base.0.write_volatile(0);
+            map::advise(self.base.0, SMALLEST_MOVE, Advice::Discard)
+        };
+        if let Err(error) = discarded {
+            // A process that locks its memory (`mlockall`). One page is populated then, and counts as such.
+            log::debug!("a page of the arena stays populated: {error}");
+        }
+    }
+
+    /// Undoes what the guest's side may have done to its window, where it would outlive the lease or stop the scrubber:
+    /// protection, guard pages, sharing with children, merging, dumping, the kind of pages.
+    ///
+    /// # Safety
+    /// The window must be the caller's.
+    unsafe fn make_uniform(&self, window: *mut u8, len: usize) -> sys::Result<()> {
+        // SAFETY: passed on to the caller.
+        unsafe {
+            map::make_writable(window, len)?;
+            match map::advise(window, len, Advice::RemoveGuards) {
+                // A kernel without guard pages has none to remove.
+                Err(error) if error.errno() != Some(libc::EINVAL) => return Err(error),
+                _ => {}
+            }
+            keep_private(window, len);
+            if let Err(error) = map::advise(window, len, self.page_advice()) {
+                log::debug!("a part of the arena may have pages of another kind: {error}");
+            }
+        }
+        Ok(())
     }
 }
 
@@ -57,22 +103,27 @@ impl Backing for AnonymousArena {
         Revocation::Mremap
     }
 
-    unsafe fn grant(&self, offset: usize, window: *mut u8, len: usize) -> sys::Result<()> {
+    unsafe fn grant(&self, offset: usize, window: *mut u8, len: usize) -> Result<(), NotGranted> {
+        let home = self.base.at(offset);
         // SAFETY: the caller says that the range is free and that the window is closed, so both are ours alone. The
         // arena's range stays mapped and empty, which keeps its address space from anybody else.
-        unsafe { map::move_pages(self.base.at(offset), window, len) }
+        let Err((moved, error)) = (unsafe { move_pieces(home, window, len) }) else {
+            return Ok(());
+        };
+        // SAFETY: what was moved was granted at `window`, and nobody has seen it.
+        let stuck = moved > 0 && unsafe { self.revoke(offset, window, moved) }.is_err();
+        Err(NotGranted { error, stuck })
     }
 
     unsafe fn revoke(&self, offset: usize, window: *mut u8, len: usize) -> sys::Result<Revoked> {
         let home = self.base.at(offset);
         // SAFETY: the caller says that the range was granted at `window`, so the arena's own range is empty and ours, and
         // nobody holds references. After the move a stray access to the window can reach only fresh pages of the window
-        // itself, and the next call throws those away and closes it. The guest's side may have changed the protection of
-        // its memory, and pages keep theirs when they move, so the arena's is set again.
+        // itself, and the next call throws those away and closes it.
         unsafe {
-            move_pieces(window, home, len)?;
+            self.make_uniform(window, len)?;
+            move_pieces(window, home, len).map_err(|(_, error)| error)?;
             map::make_inaccessible(window, len)?;
-            map::make_writable(home, len)?;
         }
         Ok(Revoked(()))
     }
@@ -89,26 +140,33 @@ impl Drop for AnonymousArena {
     }
 }
 
-/// Moves `len` bytes of pages, in halves where the kernel will not do it in one go.
+/// Moves `len` bytes of pages, in halves where they are not one mapping. On failure it says how many bytes, from the start,
+/// were moved.
 ///
-/// Before Linux 6.17 `mremap` moves within one mapping only, and answers `EFAULT` across a border. A VMM that has advised or
-/// protected a part of its guest's memory differently has made such borders.
+/// Before Linux 6.17 `mremap` moves within one mapping only. A VMM that has bound parts of its guest's memory to different
+/// nodes, for one, has made a border that nothing removes.
 ///
 /// # Safety
-/// As for [`map::move_pages`].
-unsafe fn move_pieces(from: *mut u8, to: *mut u8, len: usize) -> sys::Result<()> {
-    // SAFETY: passed on to the caller.
-    match unsafe { map::move_pages(from, to, len) } {
-        Err(error) if error.errno() == Some(libc::EFAULT) && len > SMALLEST_MOVE => {
-            let half = (len / 2).next_multiple_of(SMALLEST_MOVE);
-            // SAFETY: both halves lie in the caller's ranges.
-            unsafe {
-                move_pieces(from, to, half)?;
-                move_pieces(from.wrapping_add(half), to.wrapping_add(half), len - half)
+/// As for [`map::move_pages`]; and what is behind the source must be the caller's too.
+unsafe fn move_pieces(from: *mut u8, to: *mut u8, len: usize) -> Result<(), (usize, sys::Error)> {
+    let mut moved = 0;
+    let mut piece = len;
+    while moved < len {
+        piece = piece.min(len - moved);
+        let at = from.wrapping_add(moved);
+        // SAFETY: each piece lies in the caller's ranges.
+        unsafe {
+            if piece > SMALLEST_MOVE && !map::is_one_mapping(at, piece).map_err(|e| (moved, e))? {
+                piece = (piece / 2).next_multiple_of(SMALLEST_MOVE);
+                continue;
             }
+            map::move_pages(at, to.wrapping_add(moved), piece).map_err(|error| (moved, error))?;
         }
-        result => result,
+        moved += piece;
+        // The rest may be one mapping again.
+        piece = len - moved;
     }
+    Ok(())
 }
 
 #[cfg(test)]

@@ -3,7 +3,7 @@
 //! Pages stay where they are in the file; granting adds a view and revoking replaces it with inaccessible address space.
 //! The file's descriptor never leaves this module, so there are no other views.
 
-use super::{Backing, Revocation, Revoked, Window, WindowSpace, keep_private};
+use super::{Backing, NotGranted, Revocation, Revoked, Window, WindowSpace, keep_private};
 use crate::scrub::{HostPtr, Residency};
 use crate::sys::{self, hugetlb, map};
 use std::fs::File;
@@ -72,7 +72,7 @@ impl Backing for HugetlbArena {
         Revocation::ViewReplaced
     }
 
-    unsafe fn grant(&self, offset: usize, window: *mut u8, len: usize) -> sys::Result<()> {
+    unsafe fn grant(&self, offset: usize, window: *mut u8, len: usize) -> Result<(), NotGranted> {
         // SAFETY: the caller says that the range is free and that the window is closed and of this length.
         let granted = unsafe {
             map::map_shared(window, len, self.file.as_fd(), offset as u64).and_then(|()| {
@@ -84,11 +84,11 @@ impl Backing for HugetlbArena {
                 Ok(())
             })
         };
-        if granted.is_err() {
+        granted.map_err(|error| NotGranted {
+            error,
             // SAFETY: the window is ours and nobody has seen it.
-            unsafe { map::make_inaccessible(window, len) }?;
-        }
-        granted
+            stuck: unsafe { map::make_inaccessible(window, len) }.is_err(),
+        })
     }
 
     unsafe fn revoke(&self, _offset: usize, window: *mut u8, len: usize) -> sys::Result<Revoked> {
@@ -99,7 +99,14 @@ impl Backing for HugetlbArena {
 
     /// Everything counts: the kernel tells which pages of a view are mapped, and not which pages of the file exist. A guest
     /// page that was discarded from its view (`MADV_DONTNEED`) is unmapped and still holds its bytes.
+    ///
+    /// A page that a balloon took out of the file (`MADV_REMOVE`) has lost its reservation too. Touching it again raises
+    /// `SIGBUS` if the host has no page left, so the kernel is asked to supply it first, which can be refused with an error.
     fn residency(&self, range: Range<usize>) -> sys::Result<Residency> {
-        Ok(Residency::all(range))
+        match self.populate(range.clone()) {
+            // Before Linux 5.14 there is no such question.
+            Err(error) if error.errno() != Some(libc::EINVAL) => Err(error),
+            _ => Ok(Residency::all(range)),
+        }
     }
 }

@@ -39,6 +39,15 @@ pub enum Revocation {
 #[derive(Debug)]
 pub(crate) struct Revoked(());
 
+/// A range that could not be granted.
+#[derive(Debug)]
+pub(crate) struct NotGranted {
+    /// The call that failed.
+    pub(crate) error: sys::Error,
+    /// Whether some of the range may still be reachable in the window.
+    pub(crate) stuck: bool,
+}
+
 /// Memory that can be shown to one guest at a time.
 pub(crate) trait Backing: Debug + Send + Sync {
     /// Where the arena begins. Aligned to [`BLOCK`].
@@ -49,11 +58,11 @@ pub(crate) trait Backing: Debug + Send + Sync {
 
     /// Shows `[offset, offset + len)` of the arena at `window`.
     ///
-    /// On failure the range is still the arena's alone.
+    /// On failure the range is the arena's alone and the window is closed, unless the error says that it is stuck.
     ///
     /// # Safety
     /// The range must be free, and `window` must be a closed part of a [`Window`] of the same length.
-    unsafe fn grant(&self, offset: usize, window: *mut u8, len: usize) -> sys::Result<()>;
+    unsafe fn grant(&self, offset: usize, window: *mut u8, len: usize) -> Result<(), NotGranted>;
 
     /// Takes `[offset, offset + len)` back from `window`, which is inaccessible afterwards.
     ///

@@ -13,13 +13,14 @@ pub use error::{LeaseError, Refusal, Refused, TeardownError};
 pub use receipt::{Outcome, QuarantineReason, QuarantinedRange, ScrubReceipt, StepTimes};
 pub use region::GuestRegion;
 
-use crate::backing::Window;
+use crate::backing::{NotGranted, Window};
 use crate::pool::blocks::{Blocks, Leased, Taken};
 use crate::pool::{Extent, PageSize, Pool, Shared, deal};
 use crate::scrub::HostPtr;
 use crate::{BLOCK_SIZE, SysError};
 use handles::{Handle, Handles};
 use std::fmt;
+use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use vm_memory::bitmap::Bitmap;
@@ -234,12 +235,13 @@ fn open(
             len: ((extent.blocks * BLOCK_SIZE) as usize).min(len - done),
         };
         // SAFETY: the blocks were taken out of the clean set for this lease, and this part of the window is closed.
-        if let Err(error) = unsafe {
+        if let Err(NotGranted { error, stuck }) = unsafe {
             shared
                 .backing
                 .grant(segment.offset, segment.window.0, segment.len)
         } {
-            return Err((error, close_unseen(shared, leased)));
+            let stuck = if stuck { segment.blocks() } else { 0..0 };
+            return Err((error, close_unseen(shared, leased, stuck)));
         }
         done += segment.len;
         leased.segments.push(segment);
@@ -255,15 +257,16 @@ fn withdraw(
     mut lost: Vec<u64>,
 ) {
     for region in regions {
-        lost.extend(close_unseen(shared, region));
+        lost.extend(close_unseen(shared, region, 0..0));
     }
     taken.quarantine_blocks(lost);
     taken.give_back();
 }
 
-/// Takes back what was granted to a region that nobody has seen; returns the blocks for which that failed.
-fn close_unseen(shared: &Shared, leased: LeasedRegion) -> Vec<u64> {
-    let mut lost = Vec::new();
+/// Takes back what was granted to a region that nobody has seen; returns the blocks for which that failed, with those that
+/// are known to be stuck in the window already.
+fn close_unseen(shared: &Shared, leased: LeasedRegion, stuck: Range<u64>) -> Vec<u64> {
+    let mut lost: Vec<u64> = stuck.collect();
     for segment in &leased.segments {
         // SAFETY: granted to this window, whose address has not left this module.
         let revoked = unsafe {
@@ -289,7 +292,7 @@ fn close_unseen(shared: &Shared, leased: LeasedRegion) -> Vec<u64> {
 
 impl Segment {
     /// The numbers of the blocks that this segment lies in.
-    pub(crate) fn blocks(&self) -> std::ops::Range<u64> {
+    pub(crate) fn blocks(&self) -> Range<u64> {
         let end = (self.offset + self.len) as u64;
         self.offset as u64 / BLOCK_SIZE..end.div_ceil(BLOCK_SIZE)
     }

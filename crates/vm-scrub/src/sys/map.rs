@@ -4,6 +4,7 @@
 //! these functions unsafe is always the same: they change mappings that somebody may hold references into.
 
 use super::{Call, Error, Result, fault};
+use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::ptr;
 
@@ -20,7 +21,14 @@ pub(crate) enum Advice {
     HugePage,
     /// Transparent huge pages are not wanted.
     NoHugePage,
+    /// What the range contains goes back to the kernel: private anonymous memory is empty afterwards.
+    Discard,
+    /// Guard pages, at which every access faults, become ordinary empty pages (Linux 6.13).
+    RemoveGuards,
 }
+
+/// `MADV_GUARD_REMOVE` of `asm-generic/mman-common.h`.
+const MADV_GUARD_REMOVE: libc::c_int = 103;
 
 impl Advice {
     fn raw(self) -> libc::c_int {
@@ -30,6 +38,8 @@ impl Advice {
             Advice::Unmergeable => libc::MADV_UNMERGEABLE,
             Advice::HugePage => libc::MADV_HUGEPAGE,
             Advice::NoHugePage => libc::MADV_NOHUGEPAGE,
+            Advice::Discard => libc::MADV_DONTNEED,
+            Advice::RemoveGuards => MADV_GUARD_REMOVE,
         }
     }
 }
@@ -144,7 +154,30 @@ pub(crate) unsafe fn unmap(address: *mut u8, len: usize) -> Result<()> {
     done(Call::Munmap, unsafe { libc::munmap(address.cast(), len) })
 }
 
+/// Whether one mapping holds all of `[address, address + len)`; the neighbour behind must be mapped too.
+///
+/// Asks to let the range grow by a page where it is. There is no room for that, and before the kernel looks for room it
+/// answers `EFAULT` if the range crosses into another mapping: the answer that [`move_pages`] would give too, but only
+/// after it had unmapped the destination, into which another thread's `mmap` could then have fallen.
+///
+/// # Safety
+/// The range and the page behind it must belong to the caller.
+pub(crate) unsafe fn is_one_mapping(address: *mut u8, len: usize) -> Result<bool> {
+    fault::check(Call::Mremap)?;
+    let longer = len.saturating_add(host_page_size());
+    // SAFETY: without MREMAP_MAYMOVE the range stays where it is, and it cannot grow into what is mapped behind it.
+    let grown = unsafe { libc::mremap(address.cast(), len, longer, 0) };
+    if grown == libc::MAP_FAILED {
+        return Ok(io::Error::last_os_error().raw_os_error() != Some(libc::EFAULT));
+    }
+    // Nothing was mapped behind after all: what was added is taken away again.
+    // SAFETY: the page was mapped just now, by us.
+    unsafe { unmap(address.wrapping_add(len), longer - len) }.map(|()| true)
+}
+
 /// Moves the pages of `[from, from + len)` to `[to, to + len)`, replacing what was mapped there.
+///
+/// Before Linux 6.17 the source must be [one mapping](is_one_mapping).
 ///
 /// `from` stays mapped with the same protection, and empty (`MREMAP_DONTUNMAP`, Linux 5.7). The page tables change hands
 /// under the kernel's lock: no other thread sees the pages at both places or at none.
@@ -185,10 +218,10 @@ pub(crate) unsafe fn make_writable(address: *mut u8, len: usize) -> Result<()> {
 /// Tells the kernel how `[address, address + len)` is to be treated.
 ///
 /// # Safety
-/// The range must belong to the caller.
+/// The range must belong to the caller, and with [`Advice::Discard`] so must what it contains: to be thrown away.
 pub(crate) unsafe fn advise(address: *mut u8, len: usize, advice: Advice) -> Result<()> {
     fault::check(Call::Madvise)?;
-    // SAFETY: the caller owns the range, and none of `Advice` changes what the memory contains.
+    // SAFETY: the caller owns the range; the only advice that changes what the memory contains is what the caller wants.
     done(Call::Madvise, unsafe {
         libc::madvise(address.cast(), len, advice.raw())
     })
