@@ -348,21 +348,22 @@ impl Steps<Dirty> {
             if segment.blocks().any(|block| self.lost.contains_key(&block)) {
                 continue;
             }
-            match self
-                .pool
-                .backing
-                .residency(segment.offset..segment.offset + segment.len)
-            {
-                Ok(residency) => populated.extend(residency.populated),
-                Err(error) => {
-                    log::error!(
-                        "{} bytes quarantined, residency unknown: {error}",
-                        segment.len
-                    );
-                    let why = (QuarantineReason::ResidencyUnknown, error.to_string());
-                    self.lost
-                        .extend(segment.blocks().map(|block| (block, why.clone())));
-                    self.blocks.quarantine_blocks(segment.blocks());
+            let all = segment.offset..segment.offset + segment.len;
+            if let Ok(residency) = self.pool.backing.residency(all) {
+                populated.extend(residency.populated);
+                continue;
+            }
+            // Once more, block by block: one page that the kernel cannot supply must not cost the whole guest's memory.
+            for (_, part) in parts(std::slice::from_ref(segment)) {
+                let block = part.start as u64 / BLOCK_SIZE;
+                match self.pool.backing.residency(part) {
+                    Ok(residency) => populated.extend(residency.populated),
+                    Err(error) => {
+                        log::error!("block {block} quarantined, residency unknown: {error}");
+                        let why = (QuarantineReason::ResidencyUnknown, error.to_string());
+                        self.lost.insert(block, why);
+                        self.blocks.quarantine_blocks([block]);
+                    }
                 }
             }
         }
