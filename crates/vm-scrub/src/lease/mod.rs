@@ -170,11 +170,12 @@ impl Pool {
             .map(|region| region.bytes.div_ceil(BLOCK_SIZE))
             .collect();
         let blocks = wanted.iter().sum();
-        let taken =
-            Blocks::<Taken>::take(&shared.ledger, blocks).ok_or_else(|| LeaseError::NotEnough {
+        let taken = Blocks::<Taken>::take(&shared.ledger, blocks).map_err(|accounts| {
+            LeaseError::NotEnough {
                 asked: blocks.saturating_mul(BLOCK_SIZE),
-                accounts: self.accounts(),
-            })?;
+                accounts,
+            }
+        })?;
         let shares = deal(taken.extents(), &wanted);
 
         let mut leased: Vec<LeasedRegion> = Vec::with_capacity(regions.len());

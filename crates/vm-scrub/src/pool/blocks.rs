@@ -12,7 +12,7 @@
 //! ```
 
 use super::extents::Extent;
-use super::ledger::{Account, Ledger};
+use super::ledger::{Account, Accounts, Ledger};
 use crate::BLOCK_SIZE;
 use crate::backing::Revoked;
 use crate::scrub::{Verdict, Zeroed};
@@ -125,9 +125,9 @@ impl<S: State> Blocks<S> {
 }
 
 impl Blocks<Taken> {
-    /// Takes `blocks` clean blocks, all of them or none.
-    pub(crate) fn take(ledger: &Arc<Ledger>, blocks: u64) -> Option<Self> {
-        Some(Self {
+    /// Takes `blocks` clean blocks, all of them or none; then it says what there was.
+    pub(crate) fn take(ledger: &Arc<Ledger>, blocks: u64) -> Result<Self, Accounts> {
+        Ok(Self {
             ledger: Arc::clone(ledger),
             extents: ledger.take(blocks)?,
             state: PhantomData,

@@ -130,9 +130,10 @@ impl Ledger {
         self.books.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Moves `blocks` clean blocks to the leased account, all of them or none.
-    pub(crate) fn take(&self, blocks: u64) -> Option<Vec<Extent>> {
-        self.books().take(blocks)
+    /// Moves `blocks` clean blocks to the leased account, all of them or none; then it says what there was at that moment.
+    pub(crate) fn take(&self, blocks: u64) -> Result<Vec<Extent>, Accounts> {
+        let mut books = self.books();
+        books.take(blocks).ok_or_else(|| books.accounts())
     }
 
     /// Moves `extents` from one account to another.
