@@ -157,6 +157,7 @@ pub(in crate::arch) unsafe fn first_nonzero<S: Scan>(ptr: *const u8, len: usize)
 ///
 /// The `len` bytes at `ptr` must be readable and initialised.
 #[cold]
+#[inline(never)]
 unsafe fn nonzero_byte(ptr: *const u8, len: usize) -> Option<usize> {
     // SAFETY: `offset < len`, and the caller promises `len` bytes.
     (0..len).find(|&offset| unsafe { ptr.add(offset).read() } != 0)

@@ -8,6 +8,7 @@ mod cases;
 mod generic;
 mod guarded;
 mod handles;
+mod visible;
 
 use std::io::Write;
 
