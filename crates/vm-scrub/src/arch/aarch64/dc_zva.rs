@@ -2,7 +2,8 @@
 //!
 //! It zeroes an aligned block without reading it first. How long the block is, and whether the
 //! instruction may be used at all, the system says in a register that programs may read: 64 bytes
-//! on most processors, but 128 and 512 exist, and a hypervisor can forbid it.
+//! is common, the architecture allows up to 2048, QEMU's default processor has 512; and a system
+//! can forbid it.
 //!
 //! Ordering: `DC ZVA` counts as stores to every byte of the block and is ordered as those are (Arm
 //! ARM, 'Ordering and completion of data and instruction cache instructions'), so the release with

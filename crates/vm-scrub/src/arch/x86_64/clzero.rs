@@ -2,8 +2,7 @@
 //!
 //! The instruction zeroes the line that holds the address in RAX without reading it first, past the
 //! cache. It takes no length: the line must be known, and what is not a whole line is zeroed with
-//! ordinary stores. It also clears a line that was poisoned by an uncorrectable error, which
-//! ordinary stores may not.
+//! ordinary stores.
 //!
 //! Ordering: `clzero` is weakly ordered with respect to every other store (AMD64 APM, volume 3,
 //! 'CLZERO'), so a later store of 'this memory is clean' could be seen first. The `sfence` at the
