@@ -1,6 +1,7 @@
 //! A lease's regions as memslots of a KVM virtual machine, and the proof that they are gone.
 
-use crate::lease::{Lease, LeaseId, Quiesced, Registrations};
+use crate::lease::{Lease, Quiesced, Registrations};
+use crate::pool::LeaseId;
 use crate::sys::{Call, fault};
 use kvm_bindings::{KVM_MEM_LOG_DIRTY_PAGES, kvm_userspace_memory_region};
 use kvm_ioctls::VmFd;

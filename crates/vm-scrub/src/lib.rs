@@ -80,10 +80,17 @@ pub mod lease;
 pub mod pool;
 #[cfg_attr(
     not(feature = "vm-memory"),
-    expect(dead_code, reason = "parts of the engine serve pools only")
+    expect(
+        dead_code,
+        unused_imports,
+        reason = "parts of the engine serve pools only"
+    )
 )]
 mod scrub;
-#[cfg(feature = "vm-memory")]
+#[cfg_attr(
+    not(feature = "vm-memory"),
+    expect(dead_code, reason = "some system calls serve pools only")
+)]
 mod sys;
 #[cfg(any(test, feature = "test-support"))]
 pub mod test_support;
@@ -92,13 +99,19 @@ pub mod test_support;
 /// the size of a huge page on x86_64, and on aarch64 with 4 KiB base pages.
 pub const BLOCK_SIZE: u64 = 2 << 20;
 
-pub use scrub::{Policy, ScrubError, Scrubbed, Verify, scrub, scrub_raw};
+pub use scrub::{
+    Calibration, Operation, Policy, Rate, ScrubError, Scrubbed, Verify, calibration, scrub,
+    scrub_raw,
+};
+pub use sys::{Call as SysCall, Error as SysError};
 #[cfg(feature = "vm-memory")]
 pub use {
     backing::Revocation,
-    lease::{GuestRegion, Lease, LeaseError, LeaseId, Quiesced, ScrubReceipt, TeardownError},
-    pool::{Accounts, Extent, PageSize, Pool, PoolBuilder, PoolError},
-    sys::{Call as SysCall, Error as SysError},
+    lease::{GuestRegion, Lease, LeaseError, Quiesced, ScrubReceipt, TeardownError, Ticket},
+    pool::{
+        Accounts, Extent, LeaseId, PageSize, Pool, PoolBuilder, PoolError, Priority, Progress,
+        ScrubRate,
+    },
 };
 
 /// The examples in the README, compiled.

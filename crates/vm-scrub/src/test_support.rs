@@ -3,7 +3,6 @@
 //! Behind the feature `test-support`, which nothing but this project's own command and tests should turn on.
 
 pub use crate::scrub::Sabotage;
-#[cfg(feature = "vm-memory")]
 pub use crate::sys::fault::{Call, FaultGuard, inject};
 #[cfg(feature = "vm-memory")]
 use crate::{Pool, PoolBuilder, PoolError};

@@ -48,6 +48,7 @@
 pub mod aarch64;
 pub mod all;
 mod barrier;
+mod flush;
 mod generic;
 mod table;
 mod unknown;
@@ -57,6 +58,7 @@ pub mod x86_64;
 #[cfg(test)]
 mod tests;
 
+pub(crate) use flush::flush_from_cache;
 use table::{FirstNonzero, Row, Zero, available, handle, verify_row, zero_row};
 pub use unknown::UnknownLoop;
 

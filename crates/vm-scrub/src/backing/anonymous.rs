@@ -131,6 +131,12 @@ impl Backing for AnonymousArena {
     fn residency(&self, range: Range<usize>) -> sys::Result<Residency> {
         Residency::of_private_mapping(self.base, range)
     }
+
+    fn give_back(&self, range: Range<usize>) -> sys::Result<u64> {
+        // SAFETY: the range is the arena's, and clean: private anonymous memory that is populated again is zero too.
+        unsafe { map::advise(self.base.at(range.start), range.len(), Advice::Discard) }?;
+        Ok(range.len() as u64)
+    }
 }
 
 impl Drop for AnonymousArena {

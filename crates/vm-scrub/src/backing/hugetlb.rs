@@ -97,6 +97,11 @@ impl Backing for HugetlbArena {
         Ok(Revoked(()))
     }
 
+    /// Nothing is given back: a page that leaves the file leaves the reservation too, and the next guest could find none.
+    fn give_back(&self, _range: Range<usize>) -> sys::Result<u64> {
+        Ok(0)
+    }
+
     /// Everything counts: the kernel tells which pages of a view are mapped, and not which pages of the file exist. A guest
     /// page that was discarded from its view (`MADV_DONTNEED`) is unmapped and still holds its bytes.
     ///

@@ -75,6 +75,9 @@ pub(crate) trait Backing: Debug + Send + Sync {
     /// Which pages of `range` can hold data. Everything that is not known to be empty counts.
     fn residency(&self, range: Range<usize>) -> sys::Result<Residency>;
 
+    /// Gives the pages of `range` (clean, page aligned) back to the kernel, where that loses nothing. Returns how many bytes.
+    fn give_back(&self, range: Range<usize>) -> sys::Result<u64>;
+
     /// Faults in `range` of the arena.
     fn populate(&self, range: Range<usize>) -> sys::Result<()> {
         // SAFETY: the arena is mapped writable and belongs to this backing.

@@ -1,7 +1,7 @@
 //! Why memory could not be leased, and why a teardown did not go through.
 
-use super::{GuestRegion, Lease, LeaseId, Quiesced};
-use crate::pool::Accounts;
+use super::{GuestRegion, Lease, Quiesced};
+use crate::pool::{Accounts, LeaseId};
 use crate::{BLOCK_SIZE, SysError};
 use std::fmt;
 
@@ -129,6 +129,12 @@ pub struct Refused {
 pub enum TeardownError {
     /// Nothing was done; the lease is in here.
     Refused(Box<Refused>),
+    /// A thread panicked while it scrubbed in the background: a progress callback, most likely. All of the lease's blocks are
+    /// quarantined.
+    Panicked {
+        /// The lease.
+        lease: LeaseId,
+    },
     /// The numbers of the steps do not add up. All of the lease's blocks are quarantined. This is a bug in vm-scrub.
     Unaccounted {
         /// The lease.
@@ -147,7 +153,7 @@ impl TeardownError {
     pub fn into_lease(self) -> Option<Lease> {
         match self {
             TeardownError::Refused(refused) => Some(refused.lease),
-            TeardownError::Unaccounted { .. } => None,
+            TeardownError::Panicked { .. } | TeardownError::Unaccounted { .. } => None,
         }
     }
 }
@@ -163,6 +169,10 @@ impl fmt::Display for TeardownError {
                     refused.reason
                 )
             }
+            TeardownError::Panicked { lease } => write!(
+                f,
+                "{lease} is quarantined as a whole: a thread panicked while it scrubbed; mend the progress callback"
+            ),
             TeardownError::Unaccounted {
                 lease,
                 what,
@@ -180,7 +190,7 @@ impl std::error::Error for TeardownError {
     fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
         match self {
             TeardownError::Refused(refused) => Some(&refused.reason),
-            TeardownError::Unaccounted { .. } => None,
+            TeardownError::Panicked { .. } | TeardownError::Unaccounted { .. } => None,
         }
     }
 }

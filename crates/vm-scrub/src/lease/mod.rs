@@ -3,47 +3,33 @@
 //! A [`Lease`] shows blocks of a pool to one guest: each region in a window of its own, for vm-memory and for memslots. It
 //! knows who still holds on to the memory, and gives it back in the steps of [`teardown`].
 
+mod account;
 mod error;
 mod handles;
 mod receipt;
 mod region;
+mod retire;
+mod steps;
 pub mod teardown;
 
 pub use error::{LeaseError, Refusal, Refused, TeardownError};
 pub use receipt::{Outcome, QuarantineReason, QuarantinedRange, ScrubReceipt, StepTimes};
 pub use region::GuestRegion;
+pub use retire::{Cancelled, Ticket};
 
 use crate::backing::{NotGranted, Window};
 use crate::pool::blocks::{Blocks, Leased, Taken};
-use crate::pool::{Extent, PageSize, Pool, Shared, deal};
+use crate::pool::{Extent, LeaseId, PageSize, Pool, Shared, deal};
 use crate::scrub::HostPtr;
 use crate::{BLOCK_SIZE, SysError};
 use handles::{Handle, Handles};
 use std::fmt;
 use std::ops::Range;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use vm_memory::bitmap::Bitmap;
 use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{GuestAddress, GuestMemoryMmap, GuestRegionCollection, GuestRegionMmap};
-
-/// Names a lease. Unique in a process, across pools.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
-#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
-pub struct LeaseId(u64);
-
-impl LeaseId {
-    fn next() -> Self {
-        static NEXT: AtomicU64 = AtomicU64::new(1);
-        Self(NEXT.fetch_add(1, Ordering::Relaxed))
-    }
-}
-
-impl fmt::Display for LeaseId {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "lease {}", self.0)
-    }
-}
 
 /// The statement that nothing runs on a lease's memory any more: no vCPU, no memslot, no device.
 ///
@@ -170,12 +156,7 @@ impl Pool {
             .map(|region| region.bytes.div_ceil(BLOCK_SIZE))
             .collect();
         let blocks = wanted.iter().sum();
-        let taken = Blocks::<Taken>::take(&shared.ledger, blocks).map_err(|accounts| {
-            LeaseError::NotEnough {
-                asked: blocks.saturating_mul(BLOCK_SIZE),
-                accounts,
-            }
-        })?;
+        let taken = take(shared, blocks)?;
         let shares = deal(taken.extents(), &wanted);
 
         let mut leased: Vec<LeasedRegion> = Vec::with_capacity(regions.len());
@@ -204,6 +185,23 @@ impl Pool {
             registrations: Arc::default(),
             handles: Handles::default(),
         })
+    }
+}
+
+/// Takes blocks out of the clean set. Where there are too few, what has been retired is scrubbed now, until there are enough.
+fn take(shared: &Shared, blocks: u64) -> Result<Blocks<Taken>, LeaseError> {
+    let asked = blocks.saturating_mul(BLOCK_SIZE);
+    let mut helped = true;
+    loop {
+        let accounts = match Blocks::<Taken>::take(&shared.ledger, blocks) {
+            Ok(taken) => return Ok(taken),
+            Err(accounts) => accounts,
+        };
+        if !helped || asked > accounts.clean.saturating_add(accounts.dirty) {
+            return Err(LeaseError::NotEnough { asked, accounts });
+        }
+        // Where there is nothing to help with any more, somebody may have finished it just now: one more look.
+        helped = shared.background.help(shared.engine.workers());
     }
 }
 

@@ -1,8 +1,8 @@
 //! What a teardown leaves behind: an account of every byte.
 
-use super::{GuestRegion, LeaseId};
-use crate::pool::{Extent, PageSize};
-use crate::{Revocation, Verify};
+use super::GuestRegion;
+use crate::pool::{Extent, LeaseId, PageSize};
+use crate::{Rate, Revocation, Verify};
 
 /// How a teardown ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -14,6 +14,8 @@ pub enum Outcome {
     Proven,
     /// Every byte was zeroed or never existed, and by policy nothing was read back. All of it can be leased again.
     Unverified,
+    /// Every byte was zeroed or never existed, and by policy a sample was read back. All of it can be leased again.
+    Sampled,
     /// Something could not be proven clean and is quarantined; the rest can be leased again.
     Quarantined,
 }
@@ -68,7 +70,7 @@ pub struct StepTimes {
 /// The account of one teardown.
 ///
 /// `bytes_scrubbed + bytes_never_populated + bytes_quarantined = bytes_total`, or there is no receipt but an error.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 #[must_use = "the receipt says whether all of the memory was proven clean"]
 #[non_exhaustive]
@@ -97,6 +99,8 @@ pub struct ScrubReceipt {
     pub bytes_quarantined: u64,
     /// Bytes of `bytes_scrubbed` that were read back and found to be zero.
     pub bytes_verified: u64,
+    /// Bytes of `bytes_scrubbed` that were then given back to the kernel, because of [`Policy::retain`](crate::Policy::retain).
+    pub bytes_returned: u64,
     /// What was quarantined and why, by ascending guest address.
     pub quarantined: Vec<QuarantinedRange>,
     /// The name of the zeroing loop.
@@ -104,6 +108,10 @@ pub struct ScrubReceipt {
     pub zero_loop: String,
     /// The name of the verification loop, if anything was read back.
     pub verify_loop: Option<String>,
+    /// Decides which lines were read back, with [`Verify::Sampled`].
+    pub sample_seed: Option<u64>,
+    /// The rates between which the zeroing loop was chosen; empty if it was named, or guessed.
+    pub calibration: Vec<Rate>,
     /// How many threads worked at the same time.
     pub threads: usize,
     /// The time from the call of teardown to the receipt, in nanoseconds.

@@ -1,11 +1,14 @@
 //! Describing a pool, and making it.
 
-use super::{Ledger, PageSize, Pool, Shared};
+use super::background::Background;
+use super::throttle::{Clock, SystemClock, Throttle};
+use super::{Ledger, OnProgress, PageSize, Pool, Progress, ScrubRate, Shared};
 use crate::BLOCK_SIZE;
+use crate::arch::UnknownLoop;
 use crate::backing::{AnonymousArena, BLOCK, Backing, HugetlbArena, HugetlbError, WindowSpace};
 use crate::scrub::{Engine, Policy, StartError, Workers};
 use crate::sys::{self, map};
-use std::ops::Range;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 /// How much address space, in bytes, windows of guests that are gone keep by default: 1 TiB of the 128 TiB that a process
@@ -16,7 +19,6 @@ const KEPT_WINDOWS: u64 = 1 << 40;
 const MAX_THREADS: usize = 4096;
 
 /// What a pool is to be like; see [`Pool::builder`].
-#[derive(Debug, Clone)]
 #[must_use = "a builder does nothing until `build` is called"]
 pub struct PoolBuilder {
     capacity: u64,
@@ -25,6 +27,9 @@ pub struct PoolBuilder {
     threads: Option<usize>,
     policy: Policy,
     kept_windows: u64,
+    scrub_rate: Option<ScrubRate>,
+    clock: Option<Box<dyn Clock>>,
+    on_progress: Option<OnProgress>,
     #[cfg(any(test, feature = "test-support"))]
     sabotage: Option<crate::scrub::Sabotage>,
 }
@@ -96,6 +101,9 @@ pub enum PoolError {
         /// The call that failed.
         source: sys::Error,
     },
+    /// The environment variable `VM_SCRUB_LOOP` names no zeroing loop that runs here.
+    #[error("VM_SCRUB_LOOP: {0}")]
+    UnknownLoop(#[source] UnknownLoop),
     /// The scrubbing threads could not be started.
     #[error(
         "{threads} scrubbing threads could not be started ({source}): ask for fewer or raise the limit on threads (`ulimit -u`)"
@@ -108,6 +116,17 @@ pub enum PoolError {
     },
 }
 
+impl std::fmt::Debug for PoolBuilder {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("PoolBuilder")
+            .field("capacity", &self.capacity)
+            .field("page_size", &self.page_size)
+            .field("threads", &self.threads)
+            .field("policy", &self.policy)
+            .finish_non_exhaustive()
+    }
+}
+
 impl Default for PoolBuilder {
     fn default() -> Self {
         Self {
@@ -117,6 +136,9 @@ impl Default for PoolBuilder {
             threads: None,
             policy: Policy::default(),
             kept_windows: KEPT_WINDOWS,
+            scrub_rate: None,
+            clock: None,
+            on_progress: None,
             #[cfg(any(test, feature = "test-support"))]
             sabotage: None,
         }
@@ -163,6 +185,26 @@ impl PoolBuilder {
         self
     }
 
+    /// How fast retired leases are scrubbed in the background; as fast as it goes, if not said otherwise. Can be changed
+    /// later with [`Pool::set_scrub_rate`].
+    pub fn scrub_rate(mut self, rate: ScrubRate) -> Self {
+        self.scrub_rate = Some(rate);
+        self
+    }
+
+    /// Replaces the clock by which background scrubbing is paced: for tests.
+    pub fn clock(mut self, clock: impl Clock + 'static) -> Self {
+        self.clock = Some(Box::new(clock));
+        self
+    }
+
+    /// Calls `on_progress` after each piece (of at most 256 KiB) that was scrubbed, from the thread that did it. It must be
+    /// quick. If it panics, the memory of that lease is quarantined.
+    pub fn on_progress(mut self, on_progress: impl Fn(Progress) + Send + Sync + 'static) -> Self {
+        self.on_progress = Some(Arc::new(on_progress));
+        self
+    }
+
     /// Breaks the pool's scrubber on purpose.
     #[cfg(any(test, feature = "test-support"))]
     pub(crate) fn sabotage(mut self, sabotage: crate::scrub::Sabotage) -> Self {
@@ -192,7 +234,7 @@ impl PoolBuilder {
             return Err(PoolError::HostPageSize { bytes });
         }
 
-        let backing = self.backing(len)?;
+        let backing = self.map(len)?;
         let workers =
             Workers::start(threads).map_err(|source| PoolError::Workers { threads, source })?;
         if self.populate {
@@ -203,30 +245,40 @@ impl PoolBuilder {
             not(any(test, feature = "test-support")),
             expect(unused_mut, reason = "only sabotage changes it")
         )]
-        let mut engine = Engine::new(workers, self.policy.zero_loop);
+        let mut engine =
+            Engine::calibrated(workers, &self.policy).map_err(PoolError::UnknownLoop)?;
         #[cfg(any(test, feature = "test-support"))]
         if let Some(sabotage) = self.sabotage {
             engine.sabotage(sabotage);
         }
+        let clock = self.clock.unwrap_or_else(|| Box::new(SystemClock::new()));
+        let background =
+            Background::start(Throttle::new(self.scrub_rate, clock)).map_err(|error| {
+                PoolError::Workers {
+                    threads: 1,
+                    source: error.into(),
+                }
+            })?;
         log::info!(
-            "pool of {capacity} bytes in {} pages, {threads} scrubbing threads, zeroing by {}, verification by {}",
-            self.page_size,
-            engine.zero_loop(),
-            engine.verify_loop(),
+            "pool of {capacity} bytes in {} pages, {threads} scrubbing threads",
+            self.page_size
         );
         Ok(Pool {
             shared: Arc::new(Shared {
+                background,
                 backing,
                 ledger: Arc::new(Ledger::new(capacity / BLOCK_SIZE)),
                 windows: WindowSpace::new(usize::try_from(self.kept_windows).unwrap_or(usize::MAX)),
                 engine,
                 page_size: self.page_size,
                 verify: self.policy.verify,
+                retain: self.policy.retain,
+                on_progress: self.on_progress,
             }),
         })
     }
 
-    fn backing(&self, len: usize) -> Result<Box<dyn Backing>, PoolError> {
+    fn map(&self, len: usize) -> Result<Box<dyn Backing>, PoolError> {
         let capacity = self.capacity;
         let huge_pages = match self.page_size {
             PageSize::Base4K => false,
@@ -255,14 +307,18 @@ impl PoolBuilder {
 /// Populates `[0, len)` of the arena with all threads, in chunks large enough that the calls themselves cost nothing.
 fn populate(backing: &dyn Backing, len: usize, workers: &Workers) -> sys::Result<()> {
     const CHUNK: usize = 64 << 20;
-    let chunks: Vec<Range<usize>> = (0..len)
-        .step_by(CHUNK)
-        .map(|start| start..len.min(start + CHUNK))
-        .collect();
+    let next = AtomicUsize::new(0);
     let failed = Mutex::new(None);
-    workers.each(&chunks, |chunk| {
-        if let Err(error) = backing.populate(chunk) {
-            *failed.lock().unwrap_or_else(PoisonError::into_inner) = Some(error);
+    workers.all(|| {
+        loop {
+            let start = next.fetch_add(CHUNK, Ordering::Relaxed);
+            if start >= len {
+                return;
+            }
+            if let Err(error) = backing.populate(start..len.min(start + CHUNK)) {
+                *failed.lock().unwrap_or_else(PoisonError::into_inner) = Some(error);
+                return;
+            }
         }
     });
     match failed.into_inner().unwrap_or_else(PoisonError::into_inner) {

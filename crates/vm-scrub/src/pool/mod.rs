@@ -12,21 +12,29 @@
 //!
 //! State changes happen under one lock, in `ledger`; memory is never touched while it is held.
 
+mod background;
 pub(crate) mod blocks;
 mod builder;
 mod extents;
 mod ledger;
 mod page_size;
+mod progress;
+mod throttle;
 
+pub use background::Priority;
+pub(crate) use background::{Background, Chore};
 pub use builder::{PoolBuilder, PoolError};
 pub use extents::Extent;
 pub(crate) use extents::deal;
 pub use ledger::Accounts;
 pub(crate) use ledger::Ledger;
 pub use page_size::{PageSize, UnknownPageSize};
+pub use progress::{LeaseId, Progress};
+pub use throttle::{Clock, ScrubRate};
 
 use crate::backing::{Backing, WindowSpace};
-use crate::scrub::{Engine, Verify};
+use crate::scrub::{Engine, Verify, Watch};
+use std::fmt;
 use std::sync::Arc;
 
 /// Memory for guests: handed out zeroed, taken back dirty, scrubbed, verified, and handed out again.
@@ -38,15 +46,46 @@ pub struct Pool {
     pub(crate) shared: Arc<Shared>,
 }
 
+/// Hears how far scrubbing is.
+pub(crate) type OnProgress = Arc<dyn Fn(Progress) + Send + Sync>;
+
 /// What a pool, its clones and its leases share.
-#[derive(Debug)]
 pub(crate) struct Shared {
+    /// Dropped first: its thread uses what follows.
+    pub(crate) background: Background,
     pub(crate) backing: Box<dyn Backing>,
     pub(crate) ledger: Arc<Ledger>,
     pub(crate) windows: WindowSpace,
     pub(crate) engine: Engine,
     pub(crate) page_size: PageSize,
     pub(crate) verify: Verify,
+    /// Bytes of each lease that may stay populated when it has been scrubbed.
+    pub(crate) retain: u64,
+    pub(crate) on_progress: Option<OnProgress>,
+}
+
+impl Shared {
+    /// What a job of `lease` tells about its progress, if anybody wants to hear it.
+    pub(crate) fn watch(&self, lease: LeaseId) -> Option<Box<Watch>> {
+        let on_progress = Arc::clone(self.on_progress.as_ref()?);
+        Some(Box::new(move |bytes_done, bytes_total| {
+            on_progress(Progress {
+                lease,
+                bytes_done,
+                bytes_total,
+            });
+        }))
+    }
+}
+
+impl fmt::Debug for Shared {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Shared")
+            .field("page_size", &self.page_size)
+            .field("accounts", &self.ledger.accounts())
+            .field("engine", &self.engine)
+            .finish_non_exhaustive()
+    }
 }
 
 impl Pool {
@@ -73,5 +112,12 @@ impl Pool {
     /// How many threads scrub at the same time.
     pub fn threads(&self) -> usize {
         self.shared.engine.workers().threads()
+    }
+
+    /// Limits how fast retired leases are scrubbed in the background, from now on; `None` lifts the limit. Acts within a
+    /// millisecond, also on what is being scrubbed. Teardowns, and whoever waits for a ticket or for memory, are not slowed
+    /// down.
+    pub fn set_scrub_rate(&self, rate: Option<ScrubRate>) {
+        self.shared.background.throttle().set(rate);
     }
 }

@@ -1,10 +1,18 @@
 //! Scrubbing memory that vm-scrub did not allocate, on the calling thread.
 
-use super::engine::{Engine, HostPtr};
+use super::engine::Engine;
+use super::job::Job;
+use super::pass::{HostPtr, Work};
 use super::policy::{Policy, Verify};
-use super::workers::Workers;
+use super::residency::Residency;
+use super::sample;
+use crate::arch::UnknownLoop;
+use crate::sys::map::{self, Advice};
 use std::fmt;
-use std::time::Duration;
+use std::time::{Duration, Instant};
+
+/// The shortest range, in bytes, about which the kernel is asked: below, zeroing it costs less than the question.
+const WORTH_ASKING: usize = 256 << 10;
 
 /// What was done to a range that was scrubbed: the evidence.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -14,12 +22,18 @@ use std::time::Duration;
 pub struct Scrubbed {
     /// Bytes that were set to zero.
     pub bytes: u64,
-    /// Bytes that were read back and found to be zero: all of them, or none where the policy says [`Verify::None`].
+    /// Bytes that were never populated: they have no content, and were not touched.
+    pub bytes_never_populated: u64,
+    /// Bytes of `bytes` that were read back and found to be zero, as the policy's [`Verify`] wants.
     pub bytes_verified: u64,
+    /// Bytes of `bytes` that were given back to the kernel because of [`Policy::retain`].
+    pub bytes_returned: u64,
     /// The name of the zeroing loop.
     pub zero_loop: String,
     /// The name of the verification loop, if anything was read back.
     pub verify_loop: Option<String>,
+    /// Decides which lines were read back, with [`Verify::Sampled`].
+    pub sample_seed: Option<u64>,
     /// How long zeroing took.
     pub zeroing: Duration,
     /// How long reading back took.
@@ -37,6 +51,8 @@ pub enum ScrubError {
         /// The length that was given, in bytes.
         len: usize,
     },
+    /// The environment variable `VM_SCRUB_LOOP` names no loop that runs here. Nothing was written.
+    UnknownLoop(UnknownLoop),
     /// Something else than zero was read back, also after a second attempt: another writer is at work, or the memory is
     /// broken. Treat the whole range as dirty.
     NotZero {
@@ -55,6 +71,7 @@ impl fmt::Display for ScrubError {
                 "{len} bytes from address {address:#x} are not a range of memory: pass a pointer that is not null and a \
                  length that ends inside the address space"
             ),
+            ScrubError::UnknownLoop(error) => write!(f, "VM_SCRUB_LOOP: {error}"),
             ScrubError::NotZero { offset, pieces } => write!(
                 f,
                 "the byte at offset {offset:#x} is not zero after two attempts ({pieces} pieces concerned): another \
@@ -64,7 +81,14 @@ impl fmt::Display for ScrubError {
     }
 }
 
-impl std::error::Error for ScrubError {}
+impl std::error::Error for ScrubError {
+    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        match self {
+            ScrubError::UnknownLoop(error) => Some(error),
+            ScrubError::InvalidRange { .. } | ScrubError::NotZero { .. } => None,
+        }
+    }
+}
 
 /// Sets every byte of `memory` to zero and reads it back as `policy` says, on the calling thread.
 ///
@@ -93,9 +117,14 @@ pub fn scrub(memory: &mut [u8], policy: &Policy) -> Result<Scrubbed, ScrubError>
 ///
 /// Any alignment and any length will do. For guest memory that another allocator made.
 ///
+/// Where the range is private anonymous memory, pages that were never populated have no content and are skipped: a guest of
+/// 1 GiB that touched 64 KiB costs 64 KiB. The kernel is asked which these are, from 256 KiB on; what it does not answer is
+/// scrubbed.
+///
 /// # Errors
 ///
-/// [`ScrubError::InvalidRange`] before anything is written, [`ScrubError::NotZero`] if something else was read back.
+/// [`ScrubError::InvalidRange`] and [`ScrubError::UnknownLoop`] before anything is written, [`ScrubError::NotZero`] if
+/// something else was read back.
 ///
 /// # Safety
 ///
@@ -113,26 +142,94 @@ pub unsafe fn scrub_raw(
             len,
         });
     }
-    let engine = Engine::new(Workers::caller(), policy.zero_loop);
+    let engine = Engine::immediate(policy).map_err(ScrubError::UnknownLoop)?;
     let base = HostPtr(address);
-    // SAFETY: one range, so disjoint; the rest is the caller's promise.
-    let (zeroed, verdict) =
-        unsafe { engine.zero_and_verify(base, std::slice::from_ref(&(0..len)), policy.verify) };
+    let residency = if len < WORTH_ASKING {
+        Residency::all(0..len)
+    } else {
+        Residency::of_foreign_memory(base, len).unwrap_or_else(|error| {
+            log::warn!("all of {len} bytes is scrubbed, residency unknown: {error}");
+            Residency::all(0..len)
+        })
+    };
+    let seed = sample::fresh_seed();
+    // SAFETY: the ranges are disjoint parts of the caller's, which is mapped and nobody else's during the call.
+    let job = unsafe {
+        engine.job(
+            base,
+            &residency.populated,
+            Work::ZeroAndRead,
+            policy.verify,
+            seed,
+        )
+    };
+    let started = Instant::now();
+    engine.run(&job, None);
+    let (zeroed, verdict) = finish(&job, started.elapsed());
     if let Some(first) = verdict.failures().first() {
         return Err(ScrubError::NotZero {
             offset: first.offset,
             pieces: verdict.failures().len(),
         });
     }
+    // SAFETY: the range is the caller's, and every byte of what is given back was zeroed.
+    let bytes_returned = unsafe { give_back(base, len, &residency, policy.retain) };
     let read_back = policy.verify != Verify::None;
     Ok(Scrubbed {
         bytes: zeroed.bytes(),
+        bytes_never_populated: residency.never_populated,
         bytes_verified: verdict.bytes(),
-        zero_loop: engine.zero_loop().name().to_owned(),
+        bytes_returned,
+        zero_loop: job.zero_loop().name().to_owned(),
         verify_loop: read_back.then(|| engine.verify_loop().name().to_owned()),
+        sample_seed: matches!(policy.verify, Verify::Sampled { .. }).then_some(seed),
         zeroing: zeroed.time(),
         verifying: verdict.time(),
     })
+}
+
+/// Settles a job that this thread has just done alone.
+fn finish(job: &Job, elapsed: Duration) -> (super::job::Zeroed, super::job::Verdict) {
+    job.settle(elapsed)
+        .expect("the calling thread has done every piece")
+}
+
+/// Gives populated pages beyond the first `retain` bytes back to the kernel, where the kernel can tell pages apart. Returns
+/// how many bytes.
+///
+/// # Safety
+/// The range must be the caller's, and what it contains of no value.
+unsafe fn give_back(base: HostPtr, len: usize, residency: &Residency, retain: u64) -> u64 {
+    // Nothing was skipped: either all is populated, or it is memory whose pages have content when they are not there.
+    let populated: u64 = residency
+        .populated
+        .iter()
+        .map(|range| range.len() as u64)
+        .sum();
+    if populated <= retain {
+        return 0;
+    }
+    let anonymous = match Residency::anonymous_parts(base, len) {
+        Ok(parts) => parts,
+        Err(error) => {
+            log::warn!("nothing of {len} bytes is given back to the kernel: {error}");
+            return 0;
+        }
+    };
+    let mut returned = 0;
+    for range in super::plan::beyond(&residency.populated, retain) {
+        for part in super::plan::intersections(&range, &anonymous) {
+            // SAFETY: a part of the caller's range, and private anonymous memory, which is zero when it is populated again.
+            match unsafe { map::advise(base.at(part.start), part.len(), Advice::Discard) } {
+                Ok(()) => returned += part.len() as u64,
+                Err(error) => log::warn!(
+                    "{} bytes are not given back to the kernel: {error}",
+                    part.len()
+                ),
+            }
+        }
+    }
+    returned
 }
 
 #[cfg(test)]

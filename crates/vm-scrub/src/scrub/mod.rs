@@ -3,22 +3,26 @@
 //! [`scrub`] and [`scrub_raw`] are for memory that vm-scrub did not allocate. A pool scrubs its own memory with the same
 //! engine, in parallel, and asks the kernel first which pages there are.
 
+mod calibrate;
 mod direct;
 mod engine;
+mod job;
+mod pass;
 mod plan;
 mod policy;
-#[cfg(feature = "vm-memory")]
 mod residency;
+mod sample;
 mod workers;
 
-#[cfg(any(test, feature = "test-support"))]
-pub use engine::Sabotage;
-#[cfg(feature = "vm-memory")]
-pub(crate) use engine::{Engine, HostPtr, Verdict, Zeroed};
-#[cfg(feature = "vm-memory")]
-pub(crate) use residency::Residency;
-#[cfg(feature = "vm-memory")]
-pub(crate) use workers::{StartError, Workers};
-
+pub use calibrate::{Calibration, Operation, Rate, calibration};
 pub use direct::{ScrubError, Scrubbed, scrub, scrub_raw};
+pub(crate) use engine::Engine;
+pub(crate) use job::{Job, Verdict, Watch, Zeroed};
+#[cfg(any(test, feature = "test-support"))]
+pub use pass::Sabotage;
+pub(crate) use pass::{HostPtr, Work};
+pub(crate) use plan::{beyond, intersections};
 pub use policy::{Policy, Verify};
+pub(crate) use residency::Residency;
+pub(crate) use sample::fresh_seed;
+pub(crate) use workers::{StartError, Workers};

@@ -31,6 +31,38 @@ pub(crate) fn push_joined(ranges: &mut Vec<Range<usize>>, range: Range<usize>) {
     }
 }
 
+/// What is left of ascending `ranges` behind their first `keep` bytes, from the next page border on.
+pub(crate) fn beyond(ranges: &[Range<usize>], keep: u64) -> Vec<Range<usize>> {
+    const PAGE: usize = 4096;
+    let mut kept = 0;
+    let mut rest = Vec::new();
+    for range in ranges {
+        let room = usize::try_from(keep.saturating_sub(kept)).unwrap_or(usize::MAX);
+        kept += range.len() as u64;
+        if room >= range.len() {
+            continue;
+        }
+        let start = (range.start + room).next_multiple_of(PAGE);
+        if start < range.end {
+            rest.push(start..range.end);
+        }
+    }
+    rest
+}
+
+/// The parts of `range` that lie in one of the ascending, disjoint `others`.
+pub(crate) fn intersections(
+    range: &Range<usize>,
+    others: &[Range<usize>],
+) -> impl Iterator<Item = Range<usize>> {
+    let first = others.partition_point(|other| other.end <= range.start);
+    let (start, end) = (range.start, range.end);
+    others[first..]
+        .iter()
+        .take_while(move |other| other.start < end)
+        .map(move |other| other.start.max(start)..other.end.min(end))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -73,6 +105,27 @@ mod tests {
             prop_assert!(joined.windows(2).all(|pair| pair[0].end < pair[1].start));
             let bytes: Vec<usize> = joined.into_iter().flatten().collect();
             prop_assert_eq!(bytes, ranges.into_iter().flatten().collect::<Vec<_>>());
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn what_is_beyond_is_whole_pages_behind_the_kept_bytes(ranges in ranges(), keep in 0..5_000_u64) {
+            let pages: Vec<Range<usize>> = ranges.iter().map(|range| range.start * 4096..range.end * 4096).collect();
+            let total: usize = pages.iter().map(Range::len).sum();
+            let rest = beyond(&pages, keep * 1000);
+            let left: usize = rest.iter().map(Range::len).sum();
+            prop_assert!(total - left >= (keep as usize * 1000).min(total), "more was given back than allowed");
+            prop_assert!(left + keep as usize * 1000 + 4096 > total || left == total, "too little was given back");
+            prop_assert!(rest.iter().all(|range| range.start % 4096 == 0 && !range.is_empty()));
+        }
+
+        #[test]
+        fn intersections_are_the_bytes_that_are_in_both(ranges in ranges(), start in 0..4_000_usize, len in 0..3_000_usize) {
+            let one = start..start + len;
+            let both: Vec<usize> = intersections(&one, &ranges).flatten().collect();
+            let expected: Vec<usize> = ranges.into_iter().flatten().filter(|byte| one.contains(byte)).collect();
+            prop_assert_eq!(both, expected);
         }
     }
 

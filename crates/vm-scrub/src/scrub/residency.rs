@@ -4,15 +4,55 @@
 //! The question is 'could there be anything', so swapped-out pages count, and so does whatever the kernel cannot tell.
 //! What was *written* is never asked: devices and other processes write behind the back of every such tracking.
 
-use super::engine::HostPtr;
+use super::pass::HostPtr;
 use super::plan::push_joined;
 use crate::sys::pagemap::Pagemap;
-use crate::sys::{self, map};
+use crate::sys::procmap::{self, Maps};
+use crate::sys::{self, Call, fault, map};
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 
 /// Set once the kernel has said that it has no `PAGEMAP_SCAN`.
 static NO_PAGEMAP_SCAN: AtomicBool = AtomicBool::new(false);
+
+/// Set once the kernel has said that it has no `PROCMAP_QUERY`.
+static NO_PROCMAP_QUERY: AtomicBool = AtomicBool::new(false);
+
+/// The kernel's files about this process, kept open: opening them would cost more than many a scrub. They go on speaking of
+/// the process that opened them, so a forked child opens its own.
+static FILES: Mutex<Option<Arc<Files>>> = Mutex::new(None);
+
+#[derive(Debug)]
+struct Files {
+    /// The process that opened them.
+    process: u32,
+    pagemap: Pagemap,
+    maps: Maps,
+}
+
+impl Files {
+    fn open(process: u32) -> sys::Result<Arc<Self>> {
+        Ok(Arc::new(Self {
+            process,
+            pagemap: Pagemap::open()?,
+            maps: Maps::open()?,
+        }))
+    }
+
+    /// Those that this process opened.
+    fn of_this_process() -> sys::Result<Arc<Self>> {
+        let process = std::process::id();
+        if fault::is_planned(Call::PagemapOpen) || fault::is_planned(Call::MapsOpen) {
+            return Self::open(process);
+        }
+        let mut files = FILES.lock().unwrap_or_else(PoisonError::into_inner);
+        match &*files {
+            Some(open) if open.process == process => Ok(Arc::clone(open)),
+            _ => Ok(Arc::clone(files.insert(Self::open(process)?))),
+        }
+    }
+}
 
 /// What is known about a range: where data can be, and how much of it was never populated.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -36,48 +76,137 @@ impl Residency {
     /// out has no bytes. `range` is relative to `base` and page aligned.
     pub(crate) fn of_private_mapping(base: HostPtr, range: Range<usize>) -> sys::Result<Self> {
         let origin = base.0.addr();
-        let addresses = origin + range.start..origin + range.end;
         let mut populated = Vec::new();
-        let pagemap = Pagemap::open()?;
-
-        let mut scanned = false;
-        if !NO_PAGEMAP_SCAN.load(Ordering::Relaxed) {
-            let scan = pagemap.scan(addresses.clone(), |found| {
-                push_joined(&mut populated, found)
-            });
-            match scan {
-                Ok(()) => scanned = true,
-                Err(error) if matches!(error.errno(), Some(libc::ENOTTY | libc::EINVAL)) => {
-                    if !NO_PAGEMAP_SCAN.swap(true, Ordering::Relaxed) {
-                        log::info!("no PAGEMAP_SCAN on this kernel, reading the pagemap instead");
-                    }
-                    populated.clear();
-                }
-                Err(error) => return Err(error),
-            }
-        }
-        if !scanned {
-            pagemap.read(addresses, map::host_page_size(), |found| {
-                push_joined(&mut populated, found)
-            })?;
-        }
-
-        for found in &mut populated {
-            *found = found.start - origin..found.end - origin;
-        }
+        let files = Files::of_this_process()?;
+        populated_pages(
+            &files.pagemap,
+            origin + range.start..origin + range.end,
+            |found| {
+                push_joined(&mut populated, found.start - origin..found.end - origin);
+            },
+        )?;
         let bytes: usize = populated.iter().map(Range::len).sum();
         Ok(Self {
             populated,
             never_populated: (range.len() - bytes) as u64,
         })
     }
+
+    /// Asks the kernel about memory that somebody else mapped: where it is private and anonymous, as
+    /// [`of_private_mapping`](Self::of_private_mapping); everything else, and pages of which only a part belongs to the
+    /// range, can hold data. `len` bytes from `base`, in any alignment.
+    pub(crate) fn of_foreign_memory(base: HostPtr, len: usize) -> sys::Result<Self> {
+        let page = map::host_page_size();
+        let origin = base.0.addr();
+        let end = origin + len;
+        let (first, last) = (origin.next_multiple_of(page).min(end), end / page * page);
+        let mut populated = Vec::new();
+        let mut add = |found: Range<usize>| {
+            if !found.is_empty() {
+                push_joined(&mut populated, found.start - origin..found.end - origin);
+            }
+        };
+        add(origin..first);
+        if first < last {
+            let files = Files::of_this_process()?;
+            let mut at = first;
+            for_each_anonymous(&files.maps, first..last, |anonymous| {
+                add(at..anonymous.start);
+                at = anonymous.end;
+                populated_pages(&files.pagemap, anonymous, &mut add)
+            })?;
+            add(at..last);
+        }
+        add(last.max(first)..end);
+        let bytes: usize = populated.iter().map(Range::len).sum();
+        Ok(Self {
+            populated,
+            never_populated: (len - bytes) as u64,
+        })
+    }
 }
 
-#[cfg(test)]
+impl Residency {
+    /// The whole pages of `[base, base + len)` that are private anonymous memory, as offsets, ascending.
+    pub(crate) fn anonymous_parts(base: HostPtr, len: usize) -> sys::Result<Vec<Range<usize>>> {
+        let page = map::host_page_size();
+        let origin = base.0.addr();
+        let (first, last) = (origin.next_multiple_of(page), (origin + len) / page * page);
+        let mut parts = Vec::new();
+        if first < last {
+            for_each_anonymous(&Files::of_this_process()?.maps, first..last, |part| {
+                push_joined(&mut parts, part.start - origin..part.end - origin);
+                Ok(())
+            })?;
+        }
+        Ok(parts)
+    }
+}
+
+/// Calls `found` with each run of populated pages in `addresses`, ascending.
+fn populated_pages(
+    pagemap: &Pagemap,
+    addresses: Range<usize>,
+    mut found: impl FnMut(Range<usize>),
+) -> sys::Result<()> {
+    if !NO_PAGEMAP_SCAN.load(Ordering::Relaxed) {
+        // Collected first: a scan that fails half-way is not to be mixed with the other way of asking.
+        let mut runs = Vec::new();
+        match pagemap.scan(addresses.clone(), |run| runs.push(run)) {
+            Ok(()) => {
+                runs.into_iter().for_each(found);
+                return Ok(());
+            }
+            Err(error) if matches!(error.errno(), Some(libc::ENOTTY | libc::EINVAL)) => {
+                if !NO_PAGEMAP_SCAN.swap(true, Ordering::Relaxed) {
+                    log::info!("no PAGEMAP_SCAN on this kernel, reading the pagemap instead");
+                }
+            }
+            Err(error) => return Err(error),
+        }
+    }
+    pagemap.read(addresses, map::host_page_size(), &mut found)
+}
+
+/// Calls `found` with each part of `addresses` that is private anonymous memory, ascending.
+fn for_each_anonymous(
+    maps: &Maps,
+    addresses: Range<usize>,
+    mut found: impl FnMut(Range<usize>) -> sys::Result<()>,
+) -> sys::Result<()> {
+    let mut part = |mapping: &procmap::Mapping| {
+        let part = mapping.range.start.max(addresses.start)..mapping.range.end.min(addresses.end);
+        if mapping.private_anonymous && !part.is_empty() {
+            found(part)
+        } else {
+            Ok(())
+        }
+    };
+    if !NO_PROCMAP_QUERY.load(Ordering::Relaxed) {
+        let mut at = addresses.start;
+        loop {
+            match maps.query(at) {
+                Ok(Some(mapping)) if mapping.range.start < addresses.end => {
+                    part(&mapping)?;
+                    at = mapping.range.end;
+                    if at >= addresses.end {
+                        return Ok(());
+                    }
+                }
+                Ok(_) => return Ok(()),
+                Err(error) if error.errno() == Some(libc::ENOTTY) && at == addresses.start => break,
+                Err(error) => return Err(error),
+            }
+        }
+        NO_PROCMAP_QUERY.store(true, Ordering::Relaxed);
+    }
+    procmap::read_all()?.iter().try_for_each(part)
+}
+
+#[cfg(all(test, feature = "vm-memory"))]
 mod tests {
     use super::*;
     use crate::backing::{AnonymousArena, BLOCK, Backing};
-    use crate::sys::fault;
 
     const PAGE: usize = 4096;
 
@@ -168,8 +297,8 @@ mod tests {
     fn not_knowing_is_an_error_and_never_empty() {
         let arena = AnonymousArena::map(BLOCK, false).unwrap();
         for (call, errno) in [
-            (fault::Call::PagemapOpen, libc::EACCES),
-            (fault::Call::PagemapScan, libc::ENOMEM),
+            (Call::PagemapOpen, libc::EACCES),
+            (Call::PagemapScan, libc::ENOMEM),
         ] {
             let _fault = fault::inject(call, 0, 1, errno);
             let error = arena.residency(0..BLOCK).unwrap_err();

@@ -2,8 +2,6 @@
 //!
 //! They are started when a pool is built: VMM threads often run under a seccomp filter that forbids new ones later.
 
-use std::ops::Range;
-
 /// A fixed set of threads, or the calling thread alone.
 #[derive(Debug)]
 pub(crate) struct Workers {
@@ -46,38 +44,13 @@ impl Workers {
         1
     }
 
-    /// Calls `work` once with each piece.
-    pub(crate) fn each(&self, pieces: &[Range<usize>], work: impl Fn(Range<usize>) + Sync) {
+    /// Every thread calls `work` once; returns when all have.
+    pub(crate) fn all(&self, work: impl Fn() + Sync) {
         #[cfg(feature = "rayon")]
         if let Some(pool) = &self.pool {
-            use rayon::prelude::*;
-            pool.install(|| pieces.par_iter().for_each(|piece| work(piece.clone())));
+            pool.broadcast(|_| work());
             return;
         }
-        pieces.iter().for_each(|piece| work(piece.clone()));
-    }
-
-    /// Calls `suspect` once with each piece and returns those for which it says yes, in order.
-    pub(crate) fn filter(
-        &self,
-        pieces: &[Range<usize>],
-        suspect: impl Fn(Range<usize>) -> bool + Sync,
-    ) -> Vec<Range<usize>> {
-        #[cfg(feature = "rayon")]
-        if let Some(pool) = &self.pool {
-            use rayon::prelude::*;
-            return pool.install(|| {
-                pieces
-                    .par_iter()
-                    .filter(|piece| suspect((*piece).clone()))
-                    .cloned()
-                    .collect()
-            });
-        }
-        pieces
-            .iter()
-            .filter(|piece| suspect((*piece).clone()))
-            .cloned()
-            .collect()
+        work();
     }
 }

@@ -32,6 +32,14 @@ pub enum Call {
     PagemapScan,
     /// `pread(2)` of `/proc/self/pagemap`.
     PagemapRead,
+    /// `open(2)` of `/proc/self/maps`.
+    MapsOpen,
+    /// `ioctl(2)` `PROCMAP_QUERY` on `/proc/self/maps`.
+    MapsQuery,
+    /// `read(2)` of `/proc/self/maps`.
+    MapsRead,
+    /// `setpriority(2)` of the background thread.
+    SetPriority,
     /// `ioctl(2)` `KVM_SET_USER_MEMORY_REGION` that adds a memslot.
     MemslotAdd,
     /// `ioctl(2)` `KVM_SET_USER_MEMORY_REGION` that deletes a memslot.
@@ -52,6 +60,10 @@ impl Call {
         Call::PagemapOpen,
         Call::PagemapScan,
         Call::PagemapRead,
+        Call::MapsOpen,
+        Call::MapsQuery,
+        Call::MapsRead,
+        Call::SetPriority,
         Call::MemslotAdd,
         Call::MemslotDelete,
     ];
@@ -70,6 +82,10 @@ impl Call {
             Call::PagemapOpen => "open(/proc/self/pagemap)",
             Call::PagemapScan => "ioctl(PAGEMAP_SCAN)",
             Call::PagemapRead => "pread(/proc/self/pagemap)",
+            Call::MapsOpen => "open(/proc/self/maps)",
+            Call::MapsQuery => "ioctl(PROCMAP_QUERY)",
+            Call::MapsRead => "read(/proc/self/maps)",
+            Call::SetPriority => "setpriority",
             Call::MemslotAdd => "ioctl(KVM_SET_USER_MEMORY_REGION)",
             Call::MemslotDelete => "ioctl(KVM_SET_USER_MEMORY_REGION, size 0)",
         }
@@ -83,6 +99,11 @@ mod plan {
     #[inline(always)]
     pub(crate) fn check(_call: Call) -> Result<()> {
         Ok(())
+    }
+
+    #[inline(always)]
+    pub(crate) fn is_planned(_call: Call) -> bool {
+        false
     }
 }
 
@@ -135,6 +156,14 @@ mod plan {
         }
     }
 
+    /// Whether a fault of `call` is still to come on this thread: then what would spare the call must not.
+    pub(crate) fn is_planned(call: Call) -> bool {
+        PLAN.with_borrow(|plan| {
+            plan.iter()
+                .any(|fault| fault.call == call && fault.times > 0)
+        })
+    }
+
     pub(crate) fn check(call: Call) -> Result<()> {
         PLAN.with_borrow_mut(|plan| {
             for fault in plan.iter_mut().filter(|fault| fault.call == call) {
@@ -153,6 +182,6 @@ mod plan {
     }
 }
 
-pub(crate) use plan::check;
 #[cfg(any(test, feature = "test-support"))]
 pub use plan::{FaultGuard, inject};
+pub(crate) use plan::{check, is_planned};

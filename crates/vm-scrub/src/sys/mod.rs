@@ -8,6 +8,8 @@ pub(crate) mod fault;
 pub(crate) mod hugetlb;
 pub(crate) mod map;
 pub(crate) mod pagemap;
+pub(crate) mod procmap;
+pub(crate) mod thread;
 
 use std::fmt;
 use std::io;

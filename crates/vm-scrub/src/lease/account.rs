@@ -1,0 +1,172 @@
+//! Where a lease's bytes ended up: pure functions over segments, populated ranges and lost blocks.
+
+use super::Segment;
+use super::receipt::{QuarantineReason, QuarantinedRange};
+use crate::BLOCK_SIZE;
+use crate::scrub::intersections;
+use std::collections::BTreeMap;
+use std::ops::Range;
+
+/// Quarantined blocks: why, and what was seen.
+pub(super) type Lost = BTreeMap<u64, (QuarantineReason, String)>;
+
+/// Where a lease's bytes ended up.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub(super) struct Totals {
+    pub(super) scrubbed: u64,
+    pub(super) never_populated: u64,
+    pub(super) quarantined: u64,
+}
+
+/// Sorts a lease's bytes: in a lost block, else populated, else never populated. `populated` is ascending and disjoint.
+pub(super) fn totals(segments: &[Segment], populated: &[Range<usize>], lost: &Lost) -> Totals {
+    let mut totals = Totals::default();
+    for (_, part) in parts(segments) {
+        let bytes = part.len() as u64;
+        if lost.contains_key(&(part.start as u64 / BLOCK_SIZE)) {
+            totals.quarantined += bytes;
+            continue;
+        }
+        let held: usize = intersections(&part, populated)
+            .map(|range| range.len())
+            .sum();
+        totals.scrubbed += held as u64;
+        totals.never_populated += bytes - held as u64;
+    }
+    totals
+}
+
+/// Each segment's share of each block it lies in, as arena offsets.
+pub(super) fn parts(segments: &[Segment]) -> impl Iterator<Item = (&Segment, Range<usize>)> {
+    segments.iter().flat_map(|segment| {
+        let end = segment.offset + segment.len;
+        let block = BLOCK_SIZE as usize;
+        (segment.offset..end)
+            .step_by(block)
+            .map(move |start| (segment, start..end.min(start + block)))
+    })
+}
+
+/// The lost blocks as guest ranges; neighbours with the same reason are one.
+pub(super) fn quarantined_ranges(segments: &[Segment], lost: &Lost) -> Vec<QuarantinedRange> {
+    let mut ranges: Vec<QuarantinedRange> = Vec::new();
+    for (segment, part) in parts(segments) {
+        let Some((reason, detail)) = lost.get(&(part.start as u64 / BLOCK_SIZE)) else {
+            continue;
+        };
+        let guest_address = segment.guest_address + (part.start - segment.offset) as u64;
+        match ranges.last_mut() {
+            Some(last)
+                if last.reason == *reason && last.guest_address + last.bytes == guest_address =>
+            {
+                last.bytes += part.len() as u64;
+            }
+            _ => ranges.push(QuarantinedRange {
+                guest_address,
+                bytes: part.len() as u64,
+                reason: *reason,
+                detail: detail.clone(),
+            }),
+        }
+    }
+    ranges
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::scrub::HostPtr;
+    use proptest::prelude::*;
+
+    const BLOCK: usize = BLOCK_SIZE as usize;
+    const PAGE: usize = 4096;
+
+    fn segment(guest_address: u64, first_block: usize, len: usize) -> Segment {
+        Segment {
+            guest_address,
+            offset: first_block * BLOCK,
+            window: HostPtr(std::ptr::null_mut()),
+            len,
+        }
+    }
+
+    proptest! {
+        /// The model sorts page by page.
+        #[test]
+        fn every_page_is_counted_once_and_where_it_belongs(
+            lens in prop::collection::vec(1..1500_usize, 1..4),
+            runs in prop::collection::vec((1..700_usize, 1..700_usize), 0..8),
+            lost in prop::collection::btree_set(0..12_u64, 0..4),
+        ) {
+            let mut first_block = 0;
+            let mut segments = Vec::new();
+            for pages in lens {
+                segments.push(segment(0, first_block, pages * PAGE));
+                first_block += (pages * PAGE).div_ceil(BLOCK);
+            }
+            let mut at = 0;
+            let mut populated = Vec::new();
+            for (gap, run) in runs {
+                populated.push((at + gap) * PAGE..(at + gap + run) * PAGE);
+                at += gap + run;
+            }
+            let lost: Lost =
+                lost.into_iter().map(|block| (block, (QuarantineReason::NotZero, String::new()))).collect();
+
+            let mut expected = Totals::default();
+            for segment in &segments {
+                for page in (segment.offset..segment.offset + segment.len).step_by(PAGE) {
+                    let count = if lost.contains_key(&(page as u64 / BLOCK_SIZE)) {
+                        &mut expected.quarantined
+                    } else if populated.iter().any(|range| range.contains(&page)) {
+                        &mut expected.scrubbed
+                    } else {
+                        &mut expected.never_populated
+                    };
+                    *count += PAGE as u64;
+                }
+            }
+            prop_assert_eq!(totals(&segments, &populated, &lost), expected);
+            let in_ranges: u64 = quarantined_ranges(&segments, &lost).iter().map(|range| range.bytes).sum();
+            prop_assert_eq!(in_ranges, totals(&segments, &populated, &lost).quarantined);
+        }
+    }
+
+    #[test]
+    fn neighbours_with_the_same_reason_are_one_range() {
+        let segments = [
+            segment(1 << 30, 4, 3 * BLOCK),
+            segment((1 << 30) + 3 * BLOCK_SIZE, 0, BLOCK + PAGE),
+        ];
+        let why = |reason| (reason, "seen".to_owned());
+        let lost: Lost = [
+            (4, why(QuarantineReason::NotZero)),
+            (6, why(QuarantineReason::NotRevoked)),
+            (0, why(QuarantineReason::NotRevoked)),
+            (1, why(QuarantineReason::NotZero)),
+        ]
+        .into();
+        let ranges = quarantined_ranges(&segments, &lost);
+        let seen: Vec<(u64, u64, QuarantineReason)> = ranges
+            .iter()
+            .map(|range| (range.guest_address, range.bytes, range.reason))
+            .collect();
+        let block = BLOCK_SIZE;
+        assert_eq!(
+            seen,
+            vec![
+                (1 << 30, block, QuarantineReason::NotZero),
+                (
+                    (1 << 30) + 2 * block,
+                    2 * block,
+                    QuarantineReason::NotRevoked
+                ),
+                (
+                    (1 << 30) + 4 * block,
+                    PAGE as u64,
+                    QuarantineReason::NotZero
+                ),
+            ]
+        );
+    }
+}

@@ -1,0 +1,365 @@
+//! A teardown on its way: what the typed steps of [`teardown`](super::teardown) carry along.
+
+use super::account::{Lost, parts, quarantined_ranges, totals};
+use super::receipt::{Outcome, QuarantineReason, ScrubReceipt, StepTimes};
+use super::{Lease, Quiesced, Refused, Segment, TeardownError};
+use crate::BLOCK_SIZE;
+use crate::backing::Revoked;
+use crate::pool::blocks::{Blocks, Dirty, Scrubbed, State, Verified};
+use crate::pool::{LeaseId, Shared};
+use crate::scrub::{Job, Verdict, Verify, Work, Zeroed, beyond, fresh_seed};
+use std::ops::Range;
+use std::sync::Arc;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+/// A teardown on its way: the blocks in their state, and what the steps so far have found.
+#[derive(Debug)]
+pub(super) struct Steps<S: State> {
+    pub(super) blocks: Blocks<S>,
+    pub(super) pool: Arc<Shared>,
+    started: Instant,
+    segments: Vec<Segment>,
+    /// Blocks in the lease at the start.
+    leased_blocks: u64,
+    /// Ranges of the arena that can hold data, ascending and disjoint. Empty before the residency is known.
+    populated: Vec<Range<usize>>,
+    lost: Lost,
+    /// Decides which lines a sample consists of.
+    seed: u64,
+    /// Bytes in pieces that were read back and stayed wrong.
+    failed_bytes: u64,
+    /// Filled in step by step.
+    receipt: ScrubReceipt,
+}
+
+/// Revokes every segment of a lease, unless something stands against it.
+pub(super) fn take_away(
+    mut lease: Lease,
+    quiesced: Quiesced,
+) -> Result<Steps<Dirty>, TeardownError> {
+    if let Some(reason) = lease.refusal(&quiesced) {
+        return Err(TeardownError::Refused(Box::new(Refused {
+            reason,
+            lease,
+            quiesced,
+        })));
+    }
+    match lease.blocks.take() {
+        Some(blocks) => Ok(take_away_unasked(&mut lease, blocks)),
+        // Not possible: whoever takes the blocks owns the lease, as this function does.
+        None => Err(TeardownError::Unaccounted {
+            lease: lease.id,
+            what: "the leased memory",
+            expected: lease.bytes(),
+            found: 0,
+        }),
+    }
+}
+
+/// Revokes every segment of a lease that nobody uses any more.
+pub(super) fn take_away_unasked(
+    lease: &mut Lease,
+    mut blocks: Blocks<super::Leased>,
+) -> Steps<Dirty> {
+    let started = Instant::now();
+    let pool = Arc::clone(&lease.pool);
+    let leased_blocks = blocks.count();
+    let receipt = open_receipt(lease, &pool);
+    let mut segments = Vec::new();
+    let mut lost = Lost::new();
+    let mut proofs: Vec<Revoked> = Vec::new();
+    for region in std::mem::take(&mut lease.regions) {
+        let mut closed = true;
+        for segment in region.segments {
+            // SAFETY: the segment was granted at this address when the lease was made. No handle is left and the guest
+            // is quiesced, so nobody holds a reference; a stray pointer is what revocation is for.
+            match unsafe {
+                pool.backing
+                    .revoke(segment.offset, segment.window.0, segment.len)
+            } {
+                Ok(proof) => proofs.push(proof),
+                Err(error) => {
+                    closed = false;
+                    log::error!(
+                        "{}: {} bytes not revoked and quarantined: {error}",
+                        lease.id,
+                        segment.len
+                    );
+                    let why = (QuarantineReason::NotRevoked, error.to_string());
+                    lost.extend(segment.blocks().map(|block| (block, why.clone())));
+                }
+            }
+            segments.push(segment);
+        }
+        if closed {
+            pool.windows.retire(region.window);
+        } else {
+            region.window.leak();
+        }
+    }
+    blocks.quarantine_blocks(lost.keys().copied());
+    let mut steps = Steps {
+        blocks: blocks.revoked(proofs),
+        pool,
+        started,
+        segments,
+        leased_blocks,
+        populated: Vec::new(),
+        lost,
+        seed: fresh_seed(),
+        failed_bytes: 0,
+        receipt,
+    };
+    steps.receipt.steps.revoke_ns = nanos(started.elapsed());
+    steps
+}
+
+/// A receipt with everything that is known before the first step.
+fn open_receipt(lease: &Lease, pool: &Shared) -> ScrubReceipt {
+    ScrubReceipt {
+        lease: lease.id,
+        guest: lease.guest.clone(),
+        regions: lease.guest_regions().collect(),
+        blocks: lease.extents.clone(),
+        page_size: pool.page_size,
+        revocation: pool.backing.revocation(),
+        verify: pool.verify,
+        bytes_total: lease.bytes(),
+        bytes_scrubbed: 0,
+        bytes_never_populated: 0,
+        bytes_quarantined: 0,
+        bytes_verified: 0,
+        quarantined: Vec::new(),
+        bytes_returned: 0,
+        // Depends on how much there is to zero.
+        zero_loop: String::new(),
+        verify_loop: (pool.verify != Verify::None)
+            .then(|| pool.engine.verify_loop().name().to_owned()),
+        sample_seed: None,
+        calibration: Vec::new(),
+        threads: pool.engine.workers().threads(),
+        elapsed_ns: 0,
+        steps: StepTimes::default(),
+        ended_unix_ms: 0,
+        // Until the opposite is proven.
+        outcome: Outcome::Quarantined,
+    }
+}
+
+impl<S: State> Steps<S> {
+    fn with_blocks<T: State>(self, change: impl FnOnce(Blocks<S>) -> Blocks<T>) -> Steps<T> {
+        Steps {
+            blocks: change(self.blocks),
+            pool: self.pool,
+            started: self.started,
+            segments: self.segments,
+            leased_blocks: self.leased_blocks,
+            populated: self.populated,
+            lost: self.lost,
+            seed: self.seed,
+            failed_bytes: self.failed_bytes,
+            receipt: self.receipt,
+        }
+    }
+
+    /// A job over everything that can hold data. It is the caller's to run it to its end before the blocks change hands.
+    pub(super) fn job(&mut self, work: Work) -> Job {
+        let Shared {
+            engine,
+            backing,
+            verify,
+            ..
+        } = &*self.pool;
+        // SAFETY: the ranges are disjoint, lie in blocks that this teardown owns, and are mapped writable in the arena.
+        // Revocation has taken every other address of theirs away, and the blocks stay dirty until the job is settled.
+        let job = unsafe { engine.job(backing.arena(), &self.populated, work, *verify, self.seed) };
+        if work != Work::Read {
+            let (_, bytes) = job.progress();
+            self.receipt.zero_loop = job.zero_loop().name().to_owned();
+            self.receipt.calibration = engine.rates_for(bytes, *verify, work);
+        }
+        job
+    }
+
+    /// Runs a job with all workers, and settles it.
+    pub(super) fn run(&self, job: &Job) -> (Zeroed, Verdict) {
+        let started = Instant::now();
+        let watch = self.pool.watch(self.receipt.lease);
+        self.pool.engine.run(job, watch.as_deref());
+        job.settle(started.elapsed())
+            .expect("the workers have done every piece or panicked")
+    }
+
+    /// The lease that is torn down.
+    pub(super) fn lease(&self) -> LeaseId {
+        self.receipt.lease
+    }
+
+    /// The guest address of an arena offset that belongs to this lease.
+    fn guest_address(&self, offset: usize) -> Option<u64> {
+        let segment = self
+            .segments
+            .iter()
+            .find(|segment| (segment.offset..segment.offset + segment.len).contains(&offset))?;
+        Some(segment.guest_address + (offset - segment.offset) as u64)
+    }
+}
+
+impl Steps<Dirty> {
+    /// Asks the kernel which pages can hold data. Where it does not say, the blocks are quarantined.
+    pub(super) fn find_populated(&mut self) {
+        let begun = Instant::now();
+        let mut populated = Vec::new();
+        for segment in &self.segments {
+            // A segment is revoked as a whole or not at all.
+            if segment.blocks().any(|block| self.lost.contains_key(&block)) {
+                continue;
+            }
+            let all = segment.offset..segment.offset + segment.len;
+            if let Ok(residency) = self.pool.backing.residency(all) {
+                populated.extend(residency.populated);
+                continue;
+            }
+            // Once more, block by block: one page that the kernel cannot supply must not cost the whole guest's memory.
+            for (_, part) in parts(std::slice::from_ref(segment)) {
+                let block = part.start as u64 / BLOCK_SIZE;
+                match self.pool.backing.residency(part) {
+                    Ok(residency) => populated.extend(residency.populated),
+                    Err(error) => {
+                        log::error!("block {block} quarantined, residency unknown: {error}");
+                        let why = (QuarantineReason::ResidencyUnknown, error.to_string());
+                        self.lost.insert(block, why);
+                        self.blocks.quarantine_blocks([block]);
+                    }
+                }
+            }
+        }
+        populated.sort_by_key(|range| range.start);
+        self.populated = populated;
+        self.receipt.steps.residency_ns = nanos(begun.elapsed());
+    }
+
+    pub(super) fn scrubbed(mut self, zeroed: &Zeroed) -> Steps<Scrubbed> {
+        self.receipt.bytes_scrubbed = zeroed.bytes();
+        self.receipt.steps.scrub_ns = nanos(zeroed.time());
+        self.with_blocks(|blocks| blocks.scrubbed(zeroed))
+    }
+}
+
+impl Steps<Scrubbed> {
+    pub(super) fn verified(mut self, verdict: &Verdict) -> Steps<Verified> {
+        self.receipt.bytes_verified = verdict.bytes();
+        self.failed_bytes = verdict.failed_bytes();
+        self.receipt.steps.verify_ns = nanos(verdict.time());
+        for failure in verdict.failures() {
+            let detail = match self.guest_address(failure.offset) {
+                Some(address) => format!("the byte at guest address {address:#x} is not zero"),
+                None => format!("the byte at pool offset {:#x} is not zero", failure.offset),
+            };
+            let block = failure.offset as u64 / BLOCK_SIZE;
+            self.lost
+                .entry(block)
+                .or_insert((QuarantineReason::NotZero, detail));
+        }
+        self.with_blocks(|blocks| blocks.verified(verdict))
+    }
+}
+
+impl Steps<Verified> {
+    /// Puts what is clean into the pool and closes the account.
+    pub(super) fn recycle(mut self) -> Result<ScrubReceipt, TeardownError> {
+        let recycling = Instant::now();
+        if let Err(error) = self.close_account() {
+            log::error!("{error}");
+            self.blocks.quarantine();
+            return Err(error);
+        }
+        self.give_back();
+        let mut receipt = self.receipt;
+        self.blocks.recycle();
+        receipt.steps.recycle_ns = nanos(recycling.elapsed());
+        receipt.elapsed_ns = nanos(self.started.elapsed());
+        receipt.ended_unix_ms = SystemTime::now()
+            .duration_since(UNIX_EPOCH)
+            .map_or(0, |since| {
+                u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
+            });
+        log::debug!(
+            "{}: {:?}, {} bytes scrubbed, {} never populated, {} quarantined",
+            receipt.lease,
+            receipt.outcome,
+            receipt.bytes_scrubbed,
+            receipt.bytes_never_populated,
+            receipt.bytes_quarantined
+        );
+        Ok(receipt)
+    }
+
+    /// Gives populated pages beyond what the policy retains back to the kernel. They are zero already; a refusal costs memory
+    /// and nothing else.
+    fn give_back(&mut self) {
+        for range in beyond(&self.populated, self.pool.retain) {
+            match self.pool.backing.give_back(range.clone()) {
+                Ok(bytes) => self.receipt.bytes_returned += bytes,
+                Err(error) => log::warn!(
+                    "{} bytes are not given back to the kernel: {error}",
+                    range.len()
+                ),
+            }
+        }
+    }
+
+    /// Compares what the steps did with what there was to do, and fills in the receipt's totals.
+    fn close_account(&mut self) -> Result<(), TeardownError> {
+        let receipt = &mut self.receipt;
+        let lease = receipt.lease;
+        let check = |what, expected, found| {
+            if expected == found {
+                return Ok(());
+            }
+            Err(TeardownError::Unaccounted {
+                lease,
+                what,
+                expected,
+                found,
+            })
+        };
+        let populated: u64 = self.populated.iter().map(|range| range.len() as u64).sum();
+        check("what was scrubbed", populated, receipt.bytes_scrubbed)?;
+
+        let totals = totals(&self.segments, &self.populated, &self.lost);
+        let held = self.blocks.count() + self.lost.len() as u64;
+        check(
+            "the blocks of the lease",
+            self.leased_blocks * BLOCK_SIZE,
+            held * BLOCK_SIZE,
+        )?;
+        let sum = totals.scrubbed + totals.never_populated + totals.quarantined;
+        check("the sum of all parts", receipt.bytes_total, sum)?;
+        if receipt.verify.is_complete() {
+            let read = receipt.bytes_verified + self.failed_bytes;
+            check("what was read back", populated, read)?;
+            receipt.bytes_verified = totals.scrubbed;
+        } else {
+            receipt.bytes_verified = receipt.bytes_verified.min(totals.scrubbed);
+        }
+        if let Verify::Sampled { .. } = receipt.verify {
+            receipt.sample_seed = Some(self.seed);
+        }
+        receipt.bytes_scrubbed = totals.scrubbed;
+        receipt.bytes_never_populated = totals.never_populated;
+        receipt.bytes_quarantined = totals.quarantined;
+        receipt.quarantined = quarantined_ranges(&self.segments, &self.lost);
+        receipt.outcome = match (totals.quarantined, receipt.verify) {
+            (1.., _) => Outcome::Quarantined,
+            (0, Verify::None) => Outcome::Unverified,
+            (0, Verify::Sampled { .. }) => Outcome::Sampled,
+            (0, Verify::Full | Verify::Memory) => Outcome::Proven,
+        };
+        Ok(())
+    }
+}
+
+fn nanos(duration: Duration) -> u64 {
+    u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX)
+}

@@ -1,0 +1,211 @@
+//! A range that is being worked on by any number of threads, in pieces.
+//!
+//! Threads take the next piece from a counter, so none idles while another has a queue, and stop between two pieces when
+//! they are told to. The job is done when all pieces are; whoever sees that first may [settle](Job::settle) it.
+
+use super::pass::{Pass, Tally, Work};
+use super::workers::Workers;
+use crate::arch::ZeroLoop;
+use std::ops::Range;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+
+/// Proof that zeros were written to a job's every piece. Made by [`Job::settle`] only.
+#[derive(Debug)]
+pub(crate) struct Zeroed {
+    bytes: u64,
+    time: Duration,
+}
+
+impl Zeroed {
+    /// How many bytes were zeroed.
+    pub(crate) fn bytes(&self) -> u64 {
+        self.bytes
+    }
+
+    /// How long it took.
+    pub(crate) fn time(&self) -> Duration {
+        self.time
+    }
+}
+
+/// A piece that was not zero when it was read back.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Failure {
+    /// Where the first byte that is not zero was found.
+    pub(crate) offset: usize,
+}
+
+/// What reading back found. Made by [`Job::settle`] only.
+#[derive(Debug)]
+pub(crate) struct Verdict {
+    bytes: u64,
+    failed_bytes: u64,
+    failures: Vec<Failure>,
+    time: Duration,
+}
+
+impl Verdict {
+    /// How many bytes were read back and found to be zero.
+    pub(crate) fn bytes(&self) -> u64 {
+        self.bytes
+    }
+
+    /// How many bytes are in pieces that stayed wrong after they had been scrubbed again.
+    pub(crate) fn failed_bytes(&self) -> u64 {
+        self.failed_bytes
+    }
+
+    /// The pieces that stayed wrong, in ascending order.
+    pub(crate) fn failures(&self) -> &[Failure] {
+        &self.failures
+    }
+
+    /// How long it took.
+    pub(crate) fn time(&self) -> Duration {
+        self.time
+    }
+}
+
+/// Called with how many bytes are done and how many there are, by the thread that did the last of them.
+pub(crate) type Watch = dyn Fn(u64, u64) + Send + Sync;
+
+/// Pieces, and how far they have got.
+pub(crate) struct Job {
+    pass: Pass,
+    work: Work,
+    pieces: Vec<Range<usize>>,
+    total: u64,
+    next: AtomicUsize,
+    finished: AtomicUsize,
+    done: AtomicU64,
+    tally: Tally,
+}
+
+impl Job {
+    /// A job over `pieces`, which are relative to the pass's base.
+    ///
+    /// # Safety
+    /// Until the job is settled or dropped the pieces must be disjoint, mapped readable and writable, and nobody else may
+    /// access them.
+    pub(crate) unsafe fn new(pass: Pass, work: Work, pieces: Vec<Range<usize>>) -> Self {
+        Self {
+            pass,
+            work,
+            total: pieces.iter().map(|piece| piece.len() as u64).sum(),
+            pieces,
+            next: AtomicUsize::new(0),
+            finished: AtomicUsize::new(0),
+            done: AtomicU64::new(0),
+            tally: Tally::default(),
+        }
+    }
+
+    /// The loop that writes zeros.
+    pub(crate) fn zero_loop(&self) -> ZeroLoop {
+        self.pass.zero_loop
+    }
+
+    /// Bytes that are done, and bytes in all.
+    pub(crate) fn progress(&self) -> (u64, u64) {
+        (self.done.load(Ordering::Relaxed), self.total)
+    }
+
+    /// Whether there are pieces that nobody has taken yet.
+    pub(crate) fn has_pieces(&self) -> bool {
+        self.next.load(Ordering::Relaxed) < self.pieces.len()
+    }
+
+    /// How long threads have worked on it, all together.
+    pub(crate) fn thread_time(&self) -> Duration {
+        self.tally.thread_time()
+    }
+
+    /// Whether every piece is done. What was stored to them is visible to whoever sees `true`.
+    pub(crate) fn is_done(&self) -> bool {
+        self.finished.load(Ordering::Acquire) == self.pieces.len()
+    }
+
+    /// Takes pieces one after the other, until there are none left or `go_on`, asked with the length of the next piece before
+    /// each, says no. `watch` hears of each piece.
+    pub(crate) fn work(&self, mut go_on: impl FnMut(usize) -> bool, watch: Option<&Watch>) {
+        loop {
+            let upcoming = self.pieces.get(self.next.load(Ordering::Relaxed));
+            if !upcoming.is_some_and(|piece| go_on(piece.len())) {
+                return;
+            }
+            let Some(piece) = self.pieces.get(self.next.fetch_add(1, Ordering::Relaxed)) else {
+                return;
+            };
+            // SAFETY: whoever made the job promised that its pieces are disjoint and nobody else's; the counter gives each
+            // to one thread.
+            unsafe { self.pass.run(self.work, piece.clone(), &self.tally) };
+            let bytes = piece.len() as u64;
+            let done = self.done.fetch_add(bytes, Ordering::Relaxed) + bytes;
+            // Publishes the zeros, which the loop has fenced on this thread, to whoever sees that the job is done.
+            self.finished.fetch_add(1, Ordering::Release);
+            if let Some(watch) = watch {
+                watch(done, self.total);
+            }
+        }
+    }
+
+    /// All workers take pieces until there are none left.
+    pub(crate) fn work_with(&self, workers: &Workers, watch: Option<&Watch>) {
+        workers.all(|| self.work(|_| true, watch));
+    }
+
+    /// Gives each piece that was not zero a second chance, and decides. `elapsed` is how long the pieces took.
+    ///
+    /// `None` if the job is not done.
+    pub(crate) fn settle(&self, elapsed: Duration) -> Option<(Zeroed, Verdict)> {
+        if !self.is_done() {
+            return None;
+        }
+        let again = Instant::now();
+        let (zeroing, reading) = self.tally.divide(elapsed);
+        let suspects = self.tally.take_suspects();
+        if let Some(first) = suspects.first() {
+            log::warn!(
+                "{} of {} pieces are not zero after scrubbing, among them that at pool offset {:#x}: scrubbing them again",
+                suspects.len(),
+                self.pieces.len(),
+                first.start
+            );
+        }
+        let mut verdict = Verdict {
+            bytes: self.tally.read(),
+            failed_bytes: 0,
+            failures: Vec::new(),
+            time: Duration::ZERO,
+        };
+        for piece in suspects {
+            // SAFETY: the job's pieces are still nobody else's, and no other thread works on them once it is done.
+            match unsafe { self.pass.retry(&piece) } {
+                Ok(bytes) => verdict.bytes += bytes,
+                Err(offset) => {
+                    verdict.failed_bytes += piece.len() as u64;
+                    verdict.failures.push(Failure { offset });
+                }
+            }
+        }
+        verdict.failures.sort_by_key(|failure| failure.offset);
+        verdict.time = reading + again.elapsed();
+        let zeroed = Zeroed {
+            bytes: self.tally.zeroed(),
+            time: zeroing,
+        };
+        Some((zeroed, verdict))
+    }
+}
+
+impl std::fmt::Debug for Job {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let (done, total) = self.progress();
+        f.debug_struct("Job")
+            .field("work", &self.work)
+            .field("done", &done)
+            .field("total", &total)
+            .finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,347 @@
+//! Leases that are scrubbed in the background: revoked at once, clean in the end, and stopped, hurried or helped at will.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::Duration;
+use vm_memory::{Bytes, GuestAddress};
+use vm_scrub::lease::Cancelled;
+use vm_scrub::pool::Clock;
+use vm_scrub::{Lease, Pool, PoolBuilder, Priority, Quiesced, ScrubRate, TeardownError};
+
+const BLOCK: u64 = vm_scrub::BLOCK_SIZE;
+const PIECE: u64 = 256 << 10;
+
+/// A clock that stands still unless it is told to go on: with a limit, background scrubbing then stops after its first piece.
+#[derive(Debug, Clone, Default)]
+struct StoppedClock {
+    now: Arc<AtomicU64>,
+    asleep: Arc<AtomicBool>,
+}
+
+impl Clock for StoppedClock {
+    fn now(&self) -> Duration {
+        Duration::from_nanos(self.now.load(Ordering::SeqCst))
+    }
+
+    fn sleep(&self, _time: Duration) {
+        self.asleep.store(true, Ordering::SeqCst);
+        std::thread::sleep(Duration::from_micros(100));
+    }
+}
+
+impl StoppedClock {
+    fn wait_until_asleep(&self) {
+        self.asleep.store(false, Ordering::SeqCst);
+        while !self.asleep.load(Ordering::SeqCst) {
+            std::thread::yield_now();
+        }
+    }
+
+    fn go_on(&self, time: Duration) {
+        self.now.fetch_add(time.as_nanos() as u64, Ordering::SeqCst);
+    }
+}
+
+/// One piece a second.
+const CRAWL: ScrubRate = ScrubRate {
+    bytes_per_second: PIECE,
+    burst: 0,
+};
+
+fn builder(blocks: u64) -> PoolBuilder {
+    Pool::builder().capacity(blocks * BLOCK).threads(2)
+}
+
+fn crawling(blocks: u64) -> (Pool, StoppedClock) {
+    let clock = StoppedClock::default();
+    let pool = builder(blocks)
+        .scrub_rate(CRAWL)
+        .clock(clock.clone())
+        .build()
+        .unwrap();
+    (pool, clock)
+}
+
+/// A lease whose every byte was written.
+fn dirty_lease(pool: &Pool, blocks: u64) -> (Lease, Quiesced) {
+    let lease = pool.lease(&[(GuestAddress(0), blocks * BLOCK)]).unwrap();
+    let secret = vec![0x5e_u8; BLOCK as usize];
+    let memory = lease.memory();
+    for block in 0..blocks {
+        memory
+            .write_slice(&secret, GuestAddress(block * BLOCK))
+            .unwrap();
+    }
+    // SAFETY: the only handle is dropped here.
+    let quiesced = unsafe { Quiesced::assert(&lease) };
+    (lease, quiesced)
+}
+
+/// Everything that can be leased is zero.
+fn assert_free_memory_is_zero(pool: &Pool) {
+    let clean = pool.accounts().clean;
+    if clean == 0 {
+        return;
+    }
+    let lease = pool.lease(&[(GuestAddress(0), clean)]).unwrap();
+    let mut bytes = vec![1_u8; BLOCK as usize];
+    for block in 0..clean / BLOCK {
+        lease
+            .memory()
+            .read_slice(&mut bytes, GuestAddress(block * BLOCK))
+            .unwrap();
+        assert!(bytes.iter().all(|byte| *byte == 0));
+    }
+    // SAFETY: no handle is left.
+    let quiesced = unsafe { Quiesced::assert(&lease) };
+    assert!(lease.teardown(quiesced).unwrap().is_proven());
+}
+
+#[test]
+fn a_retired_lease_is_scrubbed_by_itself() {
+    let pool = builder(8).build().unwrap();
+    let (lease, quiesced) = dirty_lease(&pool, 8);
+    let ticket = lease.retire(quiesced).unwrap();
+    let receipt = ticket.wait_in_background().unwrap();
+    assert!(receipt.is_proven());
+    assert_eq!(receipt.bytes_scrubbed, 8 * BLOCK);
+    assert_eq!(pool.accounts().clean, 8 * BLOCK);
+    assert_free_memory_is_zero(&pool);
+}
+
+#[test]
+fn until_it_is_scrubbed_it_is_dirty_and_out_of_reach() {
+    let (pool, clock) = crawling(4);
+    let (lease, quiesced) = dirty_lease(&pool, 4);
+    let ticket = lease.retire(quiesced).unwrap();
+    clock.wait_until_asleep();
+    let accounts = pool.accounts();
+    assert_eq!(
+        (accounts.clean, accounts.leased, accounts.dirty),
+        (0, 0, 4 * BLOCK)
+    );
+    assert!(!ticket.is_finished());
+    assert_eq!(ticket.progress().bytes_total, 4 * BLOCK);
+    assert_eq!(
+        ticket.progress().bytes_done,
+        PIECE,
+        "one piece on credit, then the throttle"
+    );
+    clock.go_on(Duration::from_secs(1));
+    clock.wait_until_asleep();
+    clock.wait_until_asleep();
+    assert_eq!(ticket.progress().bytes_done, 2 * PIECE);
+    assert!(
+        ticket.wait().unwrap().is_proven(),
+        "who waits is not throttled"
+    );
+}
+
+#[test]
+fn a_lease_request_helps_instead_of_failing() {
+    let (pool, clock) = crawling(4);
+    let (lease, quiesced) = dirty_lease(&pool, 3);
+    let ticket = lease.retire(quiesced).unwrap();
+    clock.wait_until_asleep();
+    let next = pool
+        .lease(&[(GuestAddress(0), 4 * BLOCK)])
+        .expect("the request should have helped");
+    let mut bytes = vec![1_u8; (4 * BLOCK) as usize];
+    next.memory()
+        .read_slice(&mut bytes, GuestAddress(0))
+        .unwrap();
+    assert!(bytes.iter().all(|byte| *byte == 0));
+    assert!(ticket.is_finished());
+    assert!(ticket.wait().unwrap().is_proven());
+    assert!(
+        pool.lease(&[(GuestAddress(0), BLOCK)]).is_err(),
+        "there is nothing left to help with"
+    );
+}
+
+#[test]
+fn cancelling_hands_the_memory_back_dirty() {
+    let (pool, clock) = crawling(4);
+    let (lease, quiesced) = dirty_lease(&pool, 4);
+    let ticket = lease.retire(quiesced).unwrap();
+    clock.wait_until_asleep();
+    let Cancelled::Dirty(memory) = ticket.cancel() else {
+        panic!("it cannot have been finished");
+    };
+    assert_eq!(pool.accounts().dirty, 4 * BLOCK);
+    let receipt = memory.scrub_and_verify().recycle().unwrap();
+    assert!(receipt.is_proven());
+    assert_eq!(receipt.bytes_scrubbed, 4 * BLOCK);
+    assert_free_memory_is_zero(&pool);
+
+    let (lease, quiesced) = dirty_lease(&pool, 4);
+    let ticket = lease.retire(quiesced).unwrap();
+    drop(ticket.cancel());
+    assert_eq!(
+        pool.accounts().quarantined + pool.accounts().clean,
+        4 * BLOCK
+    );
+    assert_eq!(
+        pool.accounts().quarantined,
+        4 * BLOCK,
+        "dirty memory that is dropped is quarantined"
+    );
+}
+
+#[test]
+fn cancelling_what_is_finished_gives_the_receipt() {
+    let pool = builder(2).build().unwrap();
+    let (lease, quiesced) = dirty_lease(&pool, 2);
+    let ticket = lease.retire(quiesced).unwrap();
+    while !ticket.is_finished() {
+        std::thread::yield_now();
+    }
+    let Cancelled::Finished(outcome) = ticket.cancel() else {
+        panic!("it was finished");
+    };
+    assert!(outcome.unwrap().is_proven());
+}
+
+#[test]
+fn the_urgent_one_goes_first() {
+    let (pool, clock) = crawling(8);
+    let (first, quiesced) = dirty_lease(&pool, 2);
+    let first = first.retire(quiesced).unwrap();
+    clock.wait_until_asleep();
+    let (second, quiesced) = dirty_lease(&pool, 2);
+    let second = second.retire(quiesced).unwrap();
+    second.set_priority(Priority::High);
+    for _ in 0..3 {
+        clock.go_on(Duration::from_secs(1));
+        clock.wait_until_asleep();
+        clock.wait_until_asleep();
+    }
+    assert_eq!(
+        first.progress().bytes_done,
+        PIECE,
+        "it was put aside after its first piece"
+    );
+    assert_eq!(second.progress().bytes_done, 3 * PIECE);
+    pool.set_scrub_rate(None);
+    assert!(second.wait_in_background().unwrap().is_proven());
+    assert!(first.wait_in_background().unwrap().is_proven());
+}
+
+#[test]
+fn the_pool_may_go_before_its_tickets() {
+    for crawl in [false, true] {
+        let (pool, clock) = crawling(4);
+        if !crawl {
+            pool.set_scrub_rate(None);
+        }
+        let (lease, quiesced) = dirty_lease(&pool, 4);
+        let ticket = lease.retire(quiesced).unwrap();
+        if crawl {
+            clock.wait_until_asleep();
+        }
+        drop(pool);
+        assert!(ticket.wait().unwrap().is_proven());
+    }
+}
+
+#[test]
+fn progress_is_told_and_grows_to_the_end() {
+    let seen = Arc::new(std::sync::Mutex::new(Vec::new()));
+    let sink = Arc::clone(&seen);
+    let pool = builder(4)
+        .on_progress(move |progress| {
+            sink.lock()
+                .unwrap()
+                .push((progress.bytes_done, progress.bytes_total))
+        })
+        .build()
+        .unwrap();
+    let (lease, quiesced) = dirty_lease(&pool, 4);
+    assert!(lease.teardown(quiesced).unwrap().is_proven());
+    let mut seen = std::mem::take(&mut *seen.lock().unwrap());
+    seen.sort_unstable();
+    let expected: Vec<(u64, u64)> = (1..=4 * BLOCK / PIECE)
+        .map(|piece| (piece * PIECE, 4 * BLOCK))
+        .collect();
+    assert_eq!(seen, expected);
+}
+
+#[test]
+fn a_callback_that_panics_quarantines_and_harms_nobody_else() {
+    let panics = Arc::new(AtomicBool::new(true));
+    let flag = Arc::clone(&panics);
+    let pool = builder(4)
+        .on_progress(move |_| assert!(!flag.load(Ordering::SeqCst), "on purpose"))
+        .build()
+        .unwrap();
+    let (lease, quiesced) = dirty_lease(&pool, 2);
+    let id = lease.id();
+    let ticket = lease.retire(quiesced).unwrap();
+    let error = ticket.wait_in_background().unwrap_err();
+    assert!(
+        matches!(error, TeardownError::Panicked { lease } if lease == id),
+        "{error}"
+    );
+    assert_eq!(pool.accounts().quarantined, 2 * BLOCK);
+
+    panics.store(false, Ordering::SeqCst);
+    let (lease, quiesced) = dirty_lease(&pool, 2);
+    assert!(
+        lease
+            .retire(quiesced)
+            .unwrap()
+            .wait_in_background()
+            .unwrap()
+            .is_proven()
+    );
+    assert_free_memory_is_zero(&pool);
+}
+
+#[test]
+fn many_threads_retire_wait_cancel_and_lease() {
+    let pool = builder(16).build().unwrap();
+    std::thread::scope(|scope| {
+        for thread in 0..6_u64 {
+            let pool = &pool;
+            scope.spawn(move || {
+                for round in 0..40_u64 {
+                    let blocks = 1 + (thread + round) % 5;
+                    let Ok(lease) = pool.lease(&[(GuestAddress(0), blocks * BLOCK)]) else {
+                        continue;
+                    };
+                    let mut bytes = vec![1_u8; (blocks * BLOCK) as usize];
+                    lease
+                        .memory()
+                        .read_slice(&mut bytes, GuestAddress(0))
+                        .unwrap();
+                    assert!(
+                        bytes.iter().all(|byte| *byte == 0),
+                        "a byte of another guest"
+                    );
+                    bytes.fill(thread as u8 + 1);
+                    lease.memory().write_slice(&bytes, GuestAddress(0)).unwrap();
+                    // SAFETY: no handle is left.
+                    let quiesced = unsafe { Quiesced::assert(&lease) };
+                    let ticket = lease.retire(quiesced).unwrap();
+                    match (thread + round) % 4 {
+                        0 => drop(ticket),
+                        1 => assert!(ticket.wait().unwrap().is_proven()),
+                        2 => assert!(ticket.wait_in_background().unwrap().is_proven()),
+                        _ => match ticket.cancel() {
+                            Cancelled::Dirty(memory) => {
+                                assert!(memory.scrub_and_verify().recycle().unwrap().is_proven());
+                            }
+                            Cancelled::Finished(outcome) => assert!(outcome.unwrap().is_proven()),
+                        },
+                    }
+                    assert_eq!(pool.accounts().total(), 16 * BLOCK);
+                }
+            });
+        }
+    });
+    // What is still queued is helped along.
+    let all = pool.lease(&[(GuestAddress(0), 16 * BLOCK)]).unwrap();
+    drop(all);
+    assert_eq!(pool.accounts().clean, 16 * BLOCK);
+    assert_free_memory_is_zero(&pool);
+}
