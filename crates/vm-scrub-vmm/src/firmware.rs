@@ -146,4 +146,18 @@ mod tests {
             })
         ));
     }
+
+    #[test]
+    fn passes_are_counted_from_the_start_of_a_run() {
+        let Ok(firmware) = Firmware::new() else {
+            return;
+        };
+        let left = MAILBOXES + MAILBOX_BYTES + MAILBOX_PASSES;
+        firmware
+            .write(left, &[7, 0, 0, 0, 0, 0, 0, 0])
+            .expect("written");
+        assert_eq!(firmware.passes(1).expect("read"), 7);
+        firmware.post(1, &[(0, 8)]).expect("posted");
+        assert_eq!(firmware.passes(1).expect("read"), 0);
+    }
 }

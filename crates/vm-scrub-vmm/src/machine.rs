@@ -227,3 +227,66 @@ impl Guest for Machine {
             .sum())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::io::{Write, stderr};
+
+    use super::*;
+
+    const LIMIT: Duration = Duration::from_secs(20);
+
+    fn machine() -> Option<Machine> {
+        match crate::kvm_usable() {
+            Ok(()) => Some(Machine::new(2).expect("machine")),
+            Err(error) => {
+                let _ = writeln!(stderr(), "\n*** SKIPPED a test of Machine: {error} ***");
+                None
+            }
+        }
+    }
+
+    #[test]
+    fn a_run_that_never_ends_is_stopped_at_its_limit() {
+        let Some(machine) = machine() else { return };
+        let job = Job {
+            program: Program::Spin,
+            word: 0,
+            what: "spinning",
+        };
+        let limit = Duration::from_millis(20);
+        let error = machine
+            .outcomes(&[], job, limit)
+            .expect_err("it never ends");
+        assert!(
+            matches!(
+                error,
+                Error::TimedOut {
+                    what: "spinning",
+                    ..
+                }
+            ),
+            "{error}"
+        );
+        // It has really been stopped: the vCPUs are free.
+        machine
+            .start_spin()
+            .expect("free")
+            .stop(LIMIT)
+            .expect("stopped");
+    }
+
+    #[test]
+    fn signals_that_are_no_stop_do_not_stop_a_guest() {
+        let Some(machine) = machine() else { return };
+        let mut running = machine.start_spin().expect("started");
+        for _ in 0..50 {
+            running.kick_once().expect("kicked");
+            let error = running
+                .wait_stopped(Duration::from_millis(1))
+                .expect_err("it runs on");
+            assert!(matches!(error, Error::TimedOut { .. }), "{error}");
+        }
+        running.stop(LIMIT).expect("stopped");
+    }
+}

@@ -185,9 +185,7 @@ impl RunningGuest {
         let deadline = deadline(limit);
         self.stop.store(true, Ordering::Release);
         loop {
-            for vcpu in self.vcpus.iter().filter(|vcpu| vcpu.outcome.is_none()) {
-                vcpu.thread.as_ref().map_or(Ok(()), kick::kick)?;
-            }
+            self.kick_once()?;
             if self.collect(deadline.min(Instant::now() + KICK_INTERVAL)) {
                 return Ok(());
             }
@@ -198,6 +196,14 @@ impl RunningGuest {
                 });
             }
         }
+    }
+
+    /// Interrupts every vCPU that has not stopped yet.
+    pub(crate) fn kick_once(&self) -> Result<(), Error> {
+        self.vcpus
+            .iter()
+            .filter_map(|vcpu| vcpu.thread.as_ref())
+            .try_for_each(kick::kick)
     }
 
     /// Takes in reports until all vCPUs have stopped, which gives true, or until `deadline`.
@@ -264,4 +270,66 @@ impl VcpuThread {
 /// The moment when `limit` is over; a limit of more than a year is a year, so that nothing overflows.
 pub(crate) fn deadline(limit: Duration) -> Instant {
     Instant::now() + limit.min(Duration::from_secs(365 * 24 * 3600))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::vcpu::Answer;
+
+    /// A run of one thread, which stands in for a vCPU that misses kicks: it stops at the third one.
+    fn hard_of_hearing(reporting: bool) -> Result<RunningGuest, Error> {
+        kick::install_handler()?;
+        let firmware = Arc::new(Firmware::new()?);
+        let (sender, reports) = mpsc::channel();
+        let thread = std::thread::spawn(move || {
+            kick::unblock().expect("signal mask");
+            for _ in 0..3 {
+                // SAFETY: it has no preconditions; it returns when a signal handler has run.
+                unsafe { libc::pause() };
+            }
+            if reporting {
+                let outcome = Outcome {
+                    stop: VcpuStop::Kicked,
+                    answer: Answer::default(),
+                };
+                sender.send((0, Ok(outcome))).expect("report");
+            }
+        });
+        let thread = VcpuThread {
+            index: 0,
+            thread: Some(thread),
+            outcome: None,
+        };
+        let stop = Arc::new(AtomicBool::new(false));
+        Ok(RunningGuest {
+            what: "test",
+            vcpus: vec![thread],
+            reports,
+            stop,
+            firmware,
+            failure: None,
+        })
+    }
+
+    #[test]
+    fn kicks_are_repeated_until_the_vcpu_reports() {
+        // No firmware, no guests: nothing to test on this processor.
+        let Ok(running) = hard_of_hearing(true) else {
+            return;
+        };
+        assert_eq!(
+            running.stop(STOP_LIMIT).expect("stopped"),
+            [VcpuStop::Kicked]
+        );
+    }
+
+    #[test]
+    fn a_thread_that_ends_without_a_report_is_an_error() {
+        let Ok(running) = hard_of_hearing(false) else {
+            return;
+        };
+        let error = running.stop(STOP_LIMIT).expect_err("no report");
+        assert!(matches!(error, Error::Thread { .. }), "{error}");
+    }
 }

@@ -5,6 +5,8 @@ mod common;
 
 use std::time::Duration;
 
+use nix::sys::signal::SigSet;
+
 use common::{LIMIT, MIB, machine, memory, register, set_access, unregister};
 use vm_memory::{Bytes, GuestAddress};
 use vm_scrub_vmm::{Error, Guest, StrayDevice, Touch, VcpuStop};
@@ -41,6 +43,14 @@ fn kicks_that_come_at_once_are_not_lost() {
         assert_eq!(running.stop(LIMIT).expect("stopped").len(), 2);
         drop(machine.start_spin().expect("the vCPUs are back"));
     }
+}
+
+#[test]
+fn a_guest_started_under_a_signal_mask_is_stopped_all_the_same() {
+    let Some(machine) = machine(1) else { return };
+    SigSet::all().thread_block().expect("signal mask");
+    let running = machine.start_spin().expect("started");
+    assert_eq!(running.stop(LIMIT).expect("stopped"), [VcpuStop::Kicked]);
 }
 
 #[test]
