@@ -3,6 +3,7 @@
 //! Everything here goes through the public interface of vm-scrub and what Linux tells about a process; nothing reaches
 //! into the library. Functions panic where a test would: they are for tests.
 
+pub mod child;
 pub mod guest;
 pub mod huge_pages;
 pub mod logs;

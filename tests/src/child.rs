@@ -1,0 +1,31 @@
+//! Tests that need a process to themselves: limits and the address space belong to all threads of one.
+
+use std::process::{Command, ExitStatus, Stdio};
+
+/// Set in the child, to the name of the test that it is to run.
+const RUN: &str = "VM_SCRUB_TEST_CHILD";
+
+/// Runs `body` in a process of its own and panics if that fails. `test` is the path of the calling test, as
+/// `cargo test -- --list` prints it.
+///
+/// The test is started once more, alone in its process, and this call then runs `body` there.
+pub fn alone(test: &str, body: impl FnOnce()) {
+    if std::env::var(RUN).as_deref() == Ok(test) {
+        return body();
+    }
+    let (status, output) = run(test);
+    assert!(status.success(), "{test} in a child: {status}\n{output}");
+    // A name that matches no test is a success too, for the child.
+    assert!(output.contains("1 passed"), "{test} did not run:\n{output}");
+}
+
+fn run(test: &str) -> (ExitStatus, String) {
+    let output = Command::new(std::env::current_exe().expect("a test is a file"))
+        .args([test, "--exact", "--nocapture", "--test-threads=1"])
+        .env(RUN, test)
+        .stdin(Stdio::null())
+        .output()
+        .expect("a test can be started once more");
+    let text = [output.stdout, output.stderr].concat();
+    (output.status, String::from_utf8_lossy(&text).into_owned())
+}
