@@ -3,7 +3,7 @@
 //! A page is in exactly one place at any time. `mremap(2)` moves page tables, not bytes, so a gigabyte changes hands in
 //! milliseconds and stays populated: the next guest takes no page faults.
 
-use super::{Backing, NotGranted, Revocation, Revoked, Window, WindowSpace, keep_private};
+use super::{BLOCK, Backing, NotGranted, Revocation, Revoked, Window, WindowSpace, keep_private};
 use crate::scrub::{HostPtr, Residency};
 use crate::sys;
 use crate::sys::map::{self, Advice};
@@ -60,10 +60,11 @@ impl AnonymousArena {
     /// joined with its old neighbours when it comes back: each lease would leave one mapping more, up to one for each block.
     /// After the first write the kernel keeps the numbering with which the arena began.
     fn keep_mergeable(&self) {
-        // SAFETY: the arena was mapped just now, writable, and nobody refers to it.
+        // SAFETY: the arena was mapped just now, writable, nobody refers to it, and it has a block at least. A write may have
+        // brought a huge page.
         let discarded = unsafe {
             self.base.0.write_volatile(0);
-            map::advise(self.base.0, SMALLEST_MOVE, Advice::Discard)
+            map::advise(self.base.0, BLOCK, Advice::Discard)
         };
         if let Err(error) = discarded {
             // A process that locks its memory (`mlockall`). One page is populated then, and counts as such.
@@ -177,7 +178,6 @@ unsafe fn move_pieces(from: *mut u8, to: *mut u8, len: usize) -> Result<(), (usi
 
 #[cfg(test)]
 mod tests {
-    use super::super::BLOCK;
     use super::*;
     use crate::sys::fault;
 
