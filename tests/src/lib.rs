@@ -10,7 +10,7 @@ pub mod logs;
 pub mod maps;
 pub mod pools;
 
-pub use guest::{assert_all_zero, fill, first_nonzero};
+pub use guest::{assert_all_zero, fill, first_nonzero, smear};
 pub use huge_pages::HugePages;
 pub use pools::{
     PAGE, assert_adds_up, assert_nothing_dirty_left, pool, quiesce, regions, teardown,

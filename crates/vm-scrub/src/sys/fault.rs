@@ -121,6 +121,7 @@ mod plan {
         skip: u32,
         times: u32,
         errno: i32,
+        hits: u32,
     }
 
     thread_local! {
@@ -133,6 +134,13 @@ mod plan {
     pub struct FaultGuard {
         // Not `Send`: the plan belongs to the thread that made it.
         thread_bound: PhantomData<*const ()>,
+    }
+
+    impl FaultGuard {
+        /// How many calls on this thread have failed so far because of the faults that are planned.
+        pub fn hits(&self) -> u32 {
+            PLAN.with_borrow(|plan| plan.iter().map(|fault| fault.hits).sum())
+        }
     }
 
     impl Drop for FaultGuard {
@@ -149,6 +157,7 @@ mod plan {
                 skip,
                 times,
                 errno,
+                hits: 0,
             });
         });
         FaultGuard {
@@ -171,6 +180,7 @@ mod plan {
                     fault.skip -= 1;
                 } else if fault.times > 0 {
                     fault.times -= 1;
+                    fault.hits += 1;
                     return Err(Error {
                         call,
                         source: io::Error::from_raw_os_error(fault.errno),
