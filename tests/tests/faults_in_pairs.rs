@@ -1,0 +1,138 @@
+//! A failure while another one is being cleaned up, and a failure in the middle of a range that moves in pieces.
+
+use vm_scrub::lease::{LeaseError, QuarantineReason};
+use vm_scrub::test_support::{Call, inject};
+use vm_scrub::{BLOCK_SIZE, PageSize, Pool};
+use vm_scrub_tests::{
+    HugePages, assert_all_zero, assert_nothing_dirty_left, fill, on_small_page_sizes, pools,
+    quiesce, regions, smear, teardown,
+};
+
+on_small_page_sizes!(a_range_that_moves_in_pieces_moves_as_a_whole_or_not);
+
+fn one_thread(page_size: PageSize, blocks: u64) -> Pool {
+    pools::builder(page_size, blocks)
+        .threads(1)
+        .build()
+        .unwrap()
+}
+
+/// Leaves borders in the pool's memory, as a VMM does that advises or binds parts of its guest's memory differently.
+fn with_borders(page_size: PageSize) -> Pool {
+    let pool = one_thread(page_size, 4);
+    let lease = pool.lease(&regions(&[(0, 4 * BLOCK_SIZE)])).unwrap();
+    smear(&lease, 1);
+    let (_, start) = lease.host_addresses().remove(0);
+    for block in [1, 2] {
+        let advised = start.wrapping_add(block * BLOCK_SIZE as usize + 4096);
+        // SAFETY: the range lies in the lease's window; the advice is about reading ahead and changes no byte.
+        let status = unsafe { libc::madvise(advised.cast(), 8192, libc::MADV_SEQUENTIAL) };
+        assert_eq!(status, 0);
+    }
+    assert!(teardown(lease).is_proven());
+    pool
+}
+
+fn a_range_that_moves_in_pieces_moves_as_a_whole_or_not(page_size: PageSize) {
+    let whole = regions(&[(0, 4 * BLOCK_SIZE)]);
+    let pool = with_borders(page_size);
+    let lease = pool.lease(&whole).unwrap();
+    assert_all_zero(&lease);
+    fill(&lease, 2);
+    assert!(teardown(lease).is_proven());
+    assert_nothing_dirty_left(&pool);
+
+    // Granting: each move fails once, and what had been moved goes back.
+    let mut failures = 0;
+    for skip in 0.. {
+        let pool = with_borders(page_size);
+        let before = pool.accounts();
+        let fault = inject(Call::Mremap, skip, 1, libc::ENOMEM);
+        let result = pool.lease(&whole);
+        if fault.hits() == 0 {
+            break;
+        }
+        failures += 1;
+        drop(fault);
+        let error = result.unwrap_err();
+        assert!(matches!(error, LeaseError::Map { .. }), "{error}");
+        assert_eq!(pool.accounts(), before);
+        let again = pool.lease(&whole).unwrap();
+        assert_all_zero(&again);
+        smear(&again, 3);
+        assert!(teardown(again).is_proven());
+        assert_nothing_dirty_left(&pool);
+    }
+    assert!(failures > 5, "{failures} moves are not in pieces");
+
+    // Revoking: whatever was moved or not, nothing of it is clean.
+    for skip in 0.. {
+        let pool = with_borders(page_size);
+        let lease = pool.lease(&whole).unwrap();
+        smear(&lease, 3);
+        let quiesced = quiesce(&lease);
+        let fault = inject(Call::Mremap, skip, 1, libc::ENOMEM);
+        let receipt = lease.teardown(quiesced).unwrap();
+        if fault.hits() == 0 {
+            break;
+        }
+        drop(fault);
+        assert_eq!(receipt.bytes_quarantined, 4 * BLOCK_SIZE);
+        assert_eq!(receipt.quarantined[0].reason, QuarantineReason::NotRevoked);
+        assert_nothing_dirty_left(&pool);
+    }
+}
+
+/// A grant fails in its second range, and the first one cannot be taken back: its blocks are quarantined, no others.
+#[test]
+fn what_cannot_be_taken_back_from_a_lease_that_failed_is_quarantined() {
+    for (call, errno) in [
+        (Call::Mmap, libc::ENOMEM),
+        (Call::Mprotect, libc::ENOMEM),
+        (Call::Madvise, libc::ENOMEM),
+    ] {
+        let pool = one_thread(PageSize::Base4K, 4);
+        let used = pool.lease(&regions(&[(0, 4 * BLOCK_SIZE)])).unwrap();
+        fill(&used, 1);
+        assert!(teardown(used).is_proven());
+
+        // Two regions: the second grant fails (each takes a question and a move).
+        let moves = inject(Call::Mremap, 3, 1, libc::ENOMEM);
+        // Two windows are reserved before anything has to be closed again.
+        let skip = if call == Call::Mmap { 2 } else { 0 };
+        let closing = inject(call, skip, u32::MAX, errno);
+        let layout = regions(&[(0, BLOCK_SIZE), (8 * BLOCK_SIZE, 2 * BLOCK_SIZE)]);
+        let error = pool.lease(&layout).unwrap_err();
+        assert!(moves.hits() > 1, "{call:?}");
+        drop(closing);
+        drop(moves);
+        assert!(matches!(error, LeaseError::Map { .. }), "{error}");
+        let accounts = pool.accounts();
+        assert_eq!(accounts.quarantined, BLOCK_SIZE, "{call:?}");
+        assert_eq!(accounts.clean, 3 * BLOCK_SIZE);
+        assert_nothing_dirty_left(&pool);
+    }
+}
+
+/// A view that was mapped and can be neither populated nor closed still shows its blocks to whoever finds it.
+#[test]
+fn a_view_that_cannot_be_closed_keeps_its_blocks_from_others() {
+    let Some(_reserved) = HugePages::reserve(4) else {
+        return;
+    };
+    let pool = pools::builder(PageSize::Huge2M, 4)
+        .threads(1)
+        .populate(true)
+        .build()
+        .unwrap();
+    let populate = inject(Call::Populate, 0, 1, libc::ENOMEM);
+    // The window and the view are mapped; closing it is the third.
+    let closing = inject(Call::Mmap, 2, 1, libc::ENOMEM);
+    let error = pool.lease(&regions(&[(0, 2 * BLOCK_SIZE)])).unwrap_err();
+    assert_eq!(populate.hits(), 2);
+    drop(closing);
+    drop(populate);
+    assert!(error.to_string().contains(Call::Populate.name()), "{error}");
+    assert_eq!(pool.accounts().quarantined, 2 * BLOCK_SIZE);
+    assert_nothing_dirty_left(&pool);
+}
