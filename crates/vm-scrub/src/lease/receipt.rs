@@ -70,7 +70,7 @@ pub struct StepTimes {
 /// The account of one teardown.
 ///
 /// `bytes_scrubbed + bytes_never_populated + bytes_quarantined = bytes_total`, or there is no receipt but an error.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 #[must_use = "the receipt says whether all of the memory was proven clean"]
 #[non_exhaustive]

@@ -39,7 +39,7 @@ pub enum Operation {
 }
 
 /// How fast one loop was.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 #[non_exhaustive]
 pub struct Rate {
@@ -50,8 +50,8 @@ pub struct Rate {
     /// The name of the zeroing loop.
     #[cfg_attr(feature = "serde", serde(rename = "loop"))]
     pub zero_loop: String,
-    /// Bytes per second, divided by 2^30: the best of several measurements on one thread.
-    pub gib_per_s: f64,
+    /// Bytes in a second: the best of several measurements, on one thread.
+    pub bytes_per_second: u64,
 }
 
 /// What was measured on this host.
@@ -83,7 +83,7 @@ pub fn calibration() -> &'static Calibration {
                 rate.operation,
                 rate.bytes,
                 rate.zero_loop,
-                rate.gib_per_s
+                rate.bytes_per_second as f64 / (1_u64 << 30) as f64
             );
         }
         log::info!(
@@ -183,7 +183,7 @@ impl Measured {
             operation: self.operation,
             bytes: self.bytes as u64,
             zero_loop: self.zero_loop.name().to_owned(),
-            gib_per_s: 1.0 / self.cost / (1 << 30) as f64,
+            bytes_per_second: (1.0 / self.cost) as u64,
         }
     }
 
@@ -337,7 +337,7 @@ mod tests {
     fn this_host_is_measured_once() {
         let first = calibration();
         assert!(std::ptr::eq(first, calibration()));
-        assert!(first.rates().all(|rate| rate.gib_per_s > 0.0));
+        assert!(first.rates().all(|rate| rate.bytes_per_second > 0));
         assert!(first.rates().any(|rate| rate.operation == Operation::Zero));
     }
 }

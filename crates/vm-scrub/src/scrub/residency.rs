@@ -19,39 +19,40 @@ static NO_PAGEMAP_SCAN: AtomicBool = AtomicBool::new(false);
 /// Set once the kernel has said that it has no `PROCMAP_QUERY`.
 static NO_PROCMAP_QUERY: AtomicBool = AtomicBool::new(false);
 
-/// The kernel's files about this process, kept open: opening them would cost more than many a scrub. They go on speaking of
-/// the process that opened them, so a forked child opens its own.
-static FILES: Mutex<Option<Arc<Files>>> = Mutex::new(None);
+/// A file of the kernel's about this process, kept open: opening it would cost more than many a scrub. It goes on speaking of
+/// the process that opened it, so a forked child opens its own.
+type KeptOpen<T> = Mutex<Option<(u32, Arc<T>)>>;
 
-#[derive(Debug)]
-struct Files {
-    /// The process that opened them.
-    process: u32,
-    pagemap: Pagemap,
-    maps: Maps,
+static PAGEMAP: KeptOpen<Pagemap> = Mutex::new(None);
+static MAPS: KeptOpen<Maps> = Mutex::new(None);
+
+/// The file that this process opened, opened now if need be.
+fn of_this_process<T>(
+    file: &KeptOpen<T>,
+    call: Call,
+    open: fn() -> sys::Result<T>,
+) -> sys::Result<Arc<T>> {
+    if fault::is_planned(call) {
+        return open().map(Arc::new);
+    }
+    let process = std::process::id();
+    let mut file = file.lock().unwrap_or_else(PoisonError::into_inner);
+    match &*file {
+        Some((owner, open)) if *owner == process => Ok(Arc::clone(open)),
+        _ => {
+            let opened = Arc::new(open()?);
+            *file = Some((process, Arc::clone(&opened)));
+            Ok(opened)
+        }
+    }
 }
 
-impl Files {
-    fn open(process: u32) -> sys::Result<Arc<Self>> {
-        Ok(Arc::new(Self {
-            process,
-            pagemap: Pagemap::open()?,
-            maps: Maps::open()?,
-        }))
-    }
+fn pagemap() -> sys::Result<Arc<Pagemap>> {
+    of_this_process(&PAGEMAP, Call::PagemapOpen, Pagemap::open)
+}
 
-    /// Those that this process opened.
-    fn of_this_process() -> sys::Result<Arc<Self>> {
-        let process = std::process::id();
-        if fault::is_planned(Call::PagemapOpen) || fault::is_planned(Call::MapsOpen) {
-            return Self::open(process);
-        }
-        let mut files = FILES.lock().unwrap_or_else(PoisonError::into_inner);
-        match &*files {
-            Some(open) if open.process == process => Ok(Arc::clone(open)),
-            _ => Ok(Arc::clone(files.insert(Self::open(process)?))),
-        }
-    }
+fn maps() -> sys::Result<Arc<Maps>> {
+    of_this_process(&MAPS, Call::MapsOpen, Maps::open)
 }
 
 /// What is known about a range: where data can be, and how much of it was never populated.
@@ -77,9 +78,8 @@ impl Residency {
     pub(crate) fn of_private_mapping(base: HostPtr, range: Range<usize>) -> sys::Result<Self> {
         let origin = base.0.addr();
         let mut populated = Vec::new();
-        let files = Files::of_this_process()?;
         populated_pages(
-            &files.pagemap,
+            &*pagemap()?,
             origin + range.start..origin + range.end,
             |found| {
                 push_joined(&mut populated, found.start - origin..found.end - origin);
@@ -108,12 +108,12 @@ impl Residency {
         };
         add(origin..first);
         if first < last {
-            let files = Files::of_this_process()?;
+            let pagemap = pagemap()?;
             let mut at = first;
-            for_each_anonymous(&files.maps, first..last, |anonymous| {
+            for_each_anonymous(&*maps()?, first..last, |anonymous| {
                 add(at..anonymous.start);
                 at = anonymous.end;
-                populated_pages(&files.pagemap, anonymous, &mut add)
+                populated_pages(&pagemap, anonymous, &mut add)
             })?;
             add(at..last);
         }
@@ -134,7 +134,7 @@ impl Residency {
         let (first, last) = (origin.next_multiple_of(page), (origin + len) / page * page);
         let mut parts = Vec::new();
         if first < last {
-            for_each_anonymous(&Files::of_this_process()?.maps, first..last, |part| {
+            for_each_anonymous(&*maps()?, first..last, |part| {
                 push_joined(&mut parts, part.start - origin..part.end - origin);
                 Ok(())
             })?;
