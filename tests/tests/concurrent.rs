@@ -115,7 +115,7 @@ fn one_guest(pool: &Pool, owners: &Owners, me: usize, round: usize) -> bool {
     drop(memory);
     // Before teardown: afterwards the blocks may be somebody else's at once.
     owners.swap(lease.blocks(), me, 0);
-    if round % 3 == 0 {
+    if round.is_multiple_of(3) {
         let quiesced = quiesce(&lease);
         let dirty = lease.revoke(quiesced).unwrap();
         assert!(dirty.scrub().verify().recycle().unwrap().is_proven());
