@@ -6,6 +6,7 @@
 pub mod child;
 pub mod guest;
 pub mod huge_pages;
+pub mod kvm;
 pub mod logs;
 pub mod maps;
 pub mod pools;
