@@ -8,6 +8,7 @@ use kvm_ioctls::VmFd;
 use std::fmt;
 use std::io;
 use std::ops::Deref;
+use std::os::fd::AsRawFd;
 use std::sync::Arc;
 
 /// The memslots of one lease on one virtual machine.
@@ -53,7 +54,7 @@ impl MemslotOptions {
     }
 }
 
-/// Why a lease's regions could not be registered. None of them is.
+/// Why a lease's regions could not be registered. None of them is by this call.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum RegisterError {
@@ -66,6 +67,17 @@ pub enum RegisterError {
         first_slot: u32,
         /// How many regions there are.
         regions: usize,
+    },
+    /// The slot shows this region of the lease already. KVM takes the same memslot twice without a word, and then deletes it
+    /// once.
+    #[error(
+        "memslot {slot} of this machine is registered for {lease} already: use the `Memslots` of the first registration"
+    )]
+    Registered {
+        /// The lease.
+        lease: LeaseId,
+        /// The slot's number.
+        slot: u32,
     },
     /// KVM refused a memslot.
     #[error(
@@ -139,7 +151,10 @@ impl<V: Deref<Target = VmFd>> Memslots<V> {
         };
         for (slot, (region, host)) in (first_slot..).zip(lease.windows()) {
             // Counted before the kernel knows it: a teardown that sees no memslots must be right.
-            memslots.registrations.add();
+            if !memslots.registrations.add(memslots.vm.as_raw_fd(), slot) {
+                let lease = memslots.lease;
+                return Err(RegisterError::Registered { lease, slot });
+            }
             let added = fault::check(Call::MemslotAdd)
                 .map_err(|error| error.source)
                 .and_then(|()| {
@@ -161,7 +176,7 @@ impl<V: Deref<Target = VmFd>> Memslots<V> {
             match added {
                 Ok(()) => memslots.slots.push((slot, region.guest_address)),
                 Err(source) => {
-                    memslots.registrations.remove();
+                    memslots.registrations.remove(memslots.vm.as_raw_fd(), slot);
                     return Err(RegisterError::Refused {
                         slot,
                         guest_address: region.guest_address,
@@ -205,7 +220,7 @@ impl<V: Deref<Target = VmFd>> Memslots<V> {
             unsafe { self.vm.set_user_memory_region(entry) }
                 .map_err(|error| (slot, into_io(error)))?;
             self.slots.pop();
-            self.registrations.remove();
+            self.registrations.remove(self.vm.as_raw_fd(), slot);
         }
         Ok(())
     }

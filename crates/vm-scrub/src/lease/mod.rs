@@ -25,8 +25,9 @@ use crate::{BLOCK_SIZE, SysError};
 use handles::{Handle, Handles};
 use std::fmt;
 use std::ops::Range;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::os::fd::RawFd;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use vm_memory::bitmap::Bitmap;
 use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{GuestAddress, GuestMemoryMmap, GuestRegionCollection, GuestRegionMmap};
@@ -57,27 +58,39 @@ impl Quiesced {
     }
 }
 
-/// Memslots of a lease, counted.
+/// Memslots of a lease.
 #[derive(Debug, Default)]
 pub(crate) struct Registrations {
-    memslots: AtomicUsize,
+    /// Which machine, by the number of its file descriptor, and which slot.
+    memslots: Mutex<Vec<(RawFd, u32)>>,
     ever: AtomicBool,
 }
 
 impl Registrations {
+    fn memslots(&self) -> MutexGuard<'_, Vec<(RawFd, u32)>> {
+        // A vector of numbers cannot be half changed.
+        self.memslots.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Counts a memslot. `false` if it is counted already: it is somebody else's to delete.
     #[cfg(feature = "kvm")]
-    pub(crate) fn add(&self) {
+    pub(crate) fn add(&self, machine: RawFd, slot: u32) -> bool {
         self.ever.store(true, Ordering::SeqCst);
-        self.memslots.fetch_add(1, Ordering::SeqCst);
+        let mut memslots = self.memslots();
+        let new = !memslots.contains(&(machine, slot));
+        if new {
+            memslots.push((machine, slot));
+        }
+        new
     }
 
     #[cfg(feature = "kvm")]
-    pub(crate) fn remove(&self) {
-        self.memslots.fetch_sub(1, Ordering::SeqCst);
+    pub(crate) fn remove(&self, machine: RawFd, slot: u32) {
+        self.memslots().retain(|at| *at != (machine, slot));
     }
 
     fn count(&self) -> usize {
-        self.memslots.load(Ordering::SeqCst)
+        self.memslots().len()
     }
 
     /// Whether there were memslots and all are deleted: the hypervisor's word that the guest is stopped.
