@@ -52,7 +52,7 @@ fn mappings() -> usize {
 
 fn a_thousand_guests(page_size: PageSize) {
     let pool = pool(page_size, POOL_BLOCKS);
-    let mut numbers = Numbers(0x5eed_0f_1000_1ea5);
+    let mut numbers = Numbers(0x5eed_0f10_001e_a500);
     let mut live: Vec<(Vm, u64)> = Vec::new();
     let mut machines = Vec::new();
     let (mut warm, mut most, mut leased) = (0, 0, 0);

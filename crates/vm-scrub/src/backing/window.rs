@@ -45,6 +45,10 @@ impl Drop for Reservation {
 /// must be [leaked](Window::leak) instead.
 #[derive(Debug)]
 pub(crate) struct Window {
+    #[cfg_attr(
+        not(test),
+        expect(dead_code, reason = "held so that the address space stays reserved")
+    )]
     reservation: Arc<Reservation>,
     start: HostPtr,
     len: usize,
