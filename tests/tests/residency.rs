@@ -177,7 +177,7 @@ fn what_a_balloon_discards_is_scrubbed_or_gone(page_size: PageSize) {
 /// would end in SIGBUS.
 #[test]
 fn a_hugetlb_page_that_somebody_else_has_got_is_quarantined() {
-    let Some(_reserved) = HugePages::reserve(4) else {
+    let Some(_reserved) = HugePages::reserve_alone(4) else {
         return;
     };
     let pool = pool(PageSize::Huge2M, 4);
