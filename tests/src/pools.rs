@@ -70,6 +70,7 @@ pub fn assert_adds_up(receipt: &ScrubReceipt) {
     assert_eq!(listed, receipt.bytes_quarantined, "{receipt:?}");
     let (read_back, outcome) = match receipt.verify {
         Verify::None => (0, Outcome::Unverified),
+        Verify::Sampled { .. } => (receipt.bytes_verified, Outcome::Sampled),
         _ => (receipt.bytes_scrubbed, Outcome::Proven),
     };
     assert_eq!(receipt.bytes_verified, read_back, "{receipt:?}");

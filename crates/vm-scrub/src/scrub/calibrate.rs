@@ -102,14 +102,28 @@ impl Calibration {
         CALIBRATION.get()
     }
 
-    /// The loop that was fastest at `bytes` bytes, or at the nearest size that was measured.
-    pub fn fastest(&self, operation: Operation, bytes: u64) -> ZeroLoop {
-        let size = nearest(bytes);
+    /// The measurements that stand for `bytes` bytes: at the nearest size, or where time ran out before that, at the next
+    /// size below.
+    fn at(&self, operation: Operation, bytes: u64) -> impl Iterator<Item = &Measured> {
+        let wanted = nearest(bytes);
+        let of_operation =
+            move |one: &&Measured| one.operation == operation && one.cost.is_finite();
+        let sizes = self
+            .measured
+            .iter()
+            .filter(of_operation)
+            .map(|one| one.bytes);
+        let size = sizes.filter(|size| *size <= wanted).max();
         self.measured
             .iter()
-            .filter(|one| one.operation == operation && one.bytes <= size && one.cost.is_finite())
-            // The largest size up to the one that is wanted: where time ran out, the nearest below stands in.
-            .max_by(|a, b| a.bytes.cmp(&b.bytes).then(b.cost.total_cmp(&a.cost)))
+            .filter(of_operation)
+            .filter(move |one| Some(one.bytes) == size)
+    }
+
+    /// The loop that was fastest at `bytes` bytes, or at the nearest size that was measured.
+    pub fn fastest(&self, operation: Operation, bytes: u64) -> ZeroLoop {
+        self.at(operation, bytes)
+            .min_by(|a, b| a.cost.total_cmp(&b.cost))
             .map_or_else(ZeroLoop::best_guess, |one| one.zero_loop)
     }
 
@@ -123,12 +137,7 @@ impl Calibration {
 
     /// The rates between which the choice for `bytes` bytes was made.
     pub fn rates_for(&self, operation: Operation, bytes: u64) -> Vec<Rate> {
-        let size = nearest(bytes);
-        self.measured
-            .iter()
-            .filter(|one| one.operation == operation && one.bytes == size && one.cost.is_finite())
-            .map(Measured::rate)
-            .collect()
+        self.at(operation, bytes).map(Measured::rate).collect()
     }
 
     /// How long measuring took.
@@ -310,6 +319,12 @@ mod tests {
         assert_eq!(calibration.fastest(Operation::ZeroAndVerify, u64::MAX), b);
         assert_eq!(calibration.rates().count(), 5);
         assert_eq!(calibration.rates_for(Operation::Zero, 1 << 40).len(), 2);
+        assert_eq!(
+            calibration
+                .rates_for(Operation::ZeroAndVerify, 1 << 40)
+                .len(),
+            1
+        );
     }
 
     #[test]
