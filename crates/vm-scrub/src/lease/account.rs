@@ -36,6 +36,23 @@ pub(super) fn totals(segments: &[Segment], populated: &[Range<usize>], lost: &Lo
     totals
 }
 
+/// What is populated in blocks that are not lost, ascending.
+pub(super) fn outside(
+    populated: &[Range<usize>],
+    segments: &[Segment],
+    lost: &Lost,
+) -> Vec<Range<usize>> {
+    if lost.is_empty() {
+        return populated.to_vec();
+    }
+    let mut found: Vec<Range<usize>> = parts(segments)
+        .filter(|(_, part)| !lost.contains_key(&(part.start as u64 / BLOCK_SIZE)))
+        .flat_map(|(_, part)| intersections(&part, populated).collect::<Vec<_>>())
+        .collect();
+    found.sort_by_key(|range| range.start);
+    found
+}
+
 /// Each segment's share of each block it lies in, as arena offsets.
 pub(super) fn parts(segments: &[Segment]) -> impl Iterator<Item = (&Segment, Range<usize>)> {
     segments.iter().flat_map(|segment| {

@@ -1,6 +1,6 @@
 //! A teardown on its way: what the typed steps of [`teardown`](super::teardown) carry along.
 
-use super::account::{Lost, parts, quarantined_ranges, totals};
+use super::account::{Lost, outside, parts, quarantined_ranges, totals};
 use super::receipt::{Outcome, QuarantineReason, ScrubReceipt, StepTimes};
 use super::{Lease, Quiesced, Refused, Segment, TeardownError};
 use crate::BLOCK_SIZE;
@@ -296,9 +296,12 @@ impl Steps<Verified> {
     }
 
     /// Gives populated pages beyond what the policy retains back to the kernel. They are zero already; a refusal costs memory
-    /// and nothing else.
+    /// and nothing else. What is quarantined stays where it is: the kernel would hand it to somebody else.
     fn give_back(&mut self) {
-        for range in beyond(&self.populated, self.pool.retain) {
+        for range in beyond(
+            &outside(&self.populated, &self.segments, &self.lost),
+            self.pool.retain,
+        ) {
             match self.pool.backing.give_back(range.clone()) {
                 Ok(bytes) => self.receipt.bytes_returned += bytes,
                 Err(error) => log::warn!(

@@ -1,0 +1,99 @@
+//! What a policy does not retain goes back to the kernel: after it was proven to be zero, and never out of quarantine.
+
+use std::ops::Range;
+use vm_scrub::test_support::{Call, Sabotage, build_sabotaged, inject};
+use vm_scrub::{BLOCK_SIZE, Lease, PageSize, Policy, Pool, PoolBuilder};
+use vm_scrub_tests::maps::populated_bytes;
+use vm_scrub_tests::{
+    PAGE, assert_all_zero, assert_nothing_dirty_left, fill, on_every_page_size, pools, regions,
+    teardown,
+};
+
+on_every_page_size!(
+    everything_stays_if_not_said_otherwise: 4,
+    what_is_beyond_goes: 4,
+    nothing_leaves_quarantine: 4,
+);
+
+fn retaining(page_size: PageSize, bytes: u64) -> PoolBuilder {
+    let policy = Policy::new().retain(bytes);
+    pools::builder(page_size, 4).threads(1).policy(policy)
+}
+
+fn whole(pool: &Pool) -> Lease {
+    pool.lease(&regions(&[(0, pool.capacity())])).unwrap()
+}
+
+/// How much of a new lease is populated, before anybody has touched it.
+fn populated(pool: &Pool) -> u64 {
+    let lease = whole(pool);
+    let (region, start) = lease.host_addresses().remove(0);
+    let window: Range<usize> = start.addr()..start.addr() + region.bytes as usize;
+    let bytes = populated_bytes(window);
+    assert_all_zero(&lease);
+    let _ = teardown(lease);
+    bytes
+}
+
+fn everything_stays_if_not_said_otherwise(page_size: PageSize) {
+    let pool = pools::builder(page_size, 4).build().unwrap();
+    let lease = whole(&pool);
+    fill(&lease, 1);
+    let receipt = teardown(lease);
+    assert_eq!(receipt.bytes_returned, 0);
+    if page_size != PageSize::Huge2M {
+        assert_eq!(populated(&pool), pool.capacity());
+    }
+}
+
+fn what_is_beyond_goes(page_size: PageSize) {
+    for keep in [0, PAGE, BLOCK_SIZE + PAGE, 4 * BLOCK_SIZE, u64::MAX] {
+        let pool = retaining(page_size, keep).build().unwrap();
+        let lease = whole(&pool);
+        fill(&lease, 1);
+        let receipt = teardown(lease);
+        assert!(receipt.is_proven());
+        assert_eq!(receipt.bytes_scrubbed, pool.capacity());
+        assert_eq!(receipt.bytes_verified, pool.capacity());
+        let beyond = pool.capacity().saturating_sub(keep);
+        if page_size == PageSize::Huge2M {
+            // Its pages are reserved, and would not come back for certain.
+            assert_eq!(receipt.bytes_returned, 0);
+        } else {
+            assert_eq!(receipt.bytes_returned, beyond);
+            assert_eq!(populated(&pool), pool.capacity() - beyond);
+        }
+        assert_nothing_dirty_left(&pool);
+    }
+}
+
+fn nothing_leaves_quarantine(page_size: PageSize) {
+    for (sabotage, lost) in [(Sabotage::SkipScrub, 4), (Sabotage::SkipChunk, 1)] {
+        let pool = build_sabotaged(retaining(page_size, 0), sabotage).unwrap();
+        let lease = whole(&pool);
+        fill(&lease, 1);
+        let receipt = teardown(lease);
+        assert_eq!(receipt.bytes_quarantined, lost * BLOCK_SIZE);
+        let returned = match page_size {
+            PageSize::Huge2M => 0,
+            _ => receipt.bytes_scrubbed,
+        };
+        assert_eq!(receipt.bytes_returned, returned, "{sabotage:?}");
+    }
+}
+
+/// A refusal of the kernel costs memory and nothing else.
+#[test]
+fn what_cannot_be_given_back_stays() {
+    let pool = retaining(PageSize::Base4K, 0).build().unwrap();
+    let lease = whole(&pool);
+    fill(&lease, 1);
+    // Behind the advice with which the memory is taken away from the guest.
+    let fault = inject(Call::Madvise, 5, u32::MAX, libc::ENOMEM);
+    let receipt = teardown(lease);
+    assert_eq!(fault.hits(), 1);
+    drop(fault);
+    assert!(receipt.is_proven());
+    assert_eq!(receipt.bytes_returned, 0);
+    assert_nothing_dirty_left(&pool);
+}
