@@ -170,3 +170,21 @@ fn a_lease_beyond_the_limit_is_refused_and_room_is_made_of_old_windows() {
         },
     );
 }
+
+/// Small windows are cut from one large reservation. When there is room for nothing else, and no guest is left in it, it has
+/// to go as well.
+#[test]
+fn room_is_made_of_the_common_reservation_too() {
+    alone("room_is_made_of_the_common_reservation_too", || {
+        let blocks = 3 << 10;
+        let pool = pools::builder(PageSize::Base4K, blocks)
+            .threads(1)
+            .build()
+            .unwrap();
+        generation(&pool, &[(0, BLOCK_SIZE)], 1);
+        // A guest of 6 GiB of which nothing is touched: there is no room, except in place of what small ones have left.
+        limit(BLOCK_SIZE);
+        let lease = pool.lease(&regions(&[(0, blocks * BLOCK_SIZE)])).unwrap();
+        assert!(teardown(lease).is_proven());
+    });
+}

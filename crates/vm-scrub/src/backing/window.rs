@@ -157,7 +157,7 @@ impl WindowSpace {
                 Ok(window) => return Ok(window),
                 Err(error) => error,
             };
-            if error.errno() != Some(libc::ENOMEM) || self.release_oldest().is_none() {
+            if error.errno() != Some(libc::ENOMEM) || !self.make_room() {
                 return Err(error);
             }
         }
@@ -200,15 +200,23 @@ impl WindowSpace {
         drop(given_up);
     }
 
-    fn release_oldest(&self) -> Option<()> {
-        let oldest = {
-            let mut inner = self.lock();
-            let oldest = inner.oldest_first.pop_front()?;
+    /// Gives up the oldest retired window or, if there is none, the common reservation once no window is in it any more.
+    /// `false` if there is nothing to give up.
+    fn make_room(&self) -> bool {
+        let mut inner = self.lock();
+        if let Some(oldest) = inner.oldest_first.pop_front() {
             inner.bytes -= oldest.taken();
-            oldest
-        };
-        drop(oldest);
-        Some(())
+            // Unmapped outside the lock.
+            drop(inner);
+            drop(oldest);
+            return true;
+        }
+        // Windows are cut under the lock, so a count of one stays one.
+        let unused = inner
+            .uncut
+            .take_if(|uncut| Arc::strong_count(&uncut.reservation) == 1);
+        drop(inner);
+        unused.is_some()
     }
 }
 
