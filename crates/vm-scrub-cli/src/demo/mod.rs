@@ -9,6 +9,7 @@ use crate::args::{DemoArgs, Sabotage, VerifyArg};
 use anyhow::{Context, bail};
 use guest::{GuestKind, RunningGuest};
 use narrator::Narrator;
+pub(crate) use narrator::NobodyReads;
 use report::{GuestReport, LateWrites, Report};
 use std::time::Duration;
 use vm_memory::GuestAddress;
@@ -103,6 +104,7 @@ fn run_guests(
     let limit = step_limit(args.memory);
     let mut stray = None;
     for number in 1..=args.guests {
+        narrator.ensure_somebody_reads()?;
         let name = format!("guest-{number}");
         let lease = match pool.lease_for(name.clone(), &layout) {
             Ok(lease) => lease,

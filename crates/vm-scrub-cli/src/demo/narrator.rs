@@ -4,9 +4,12 @@ use super::report::Report;
 use super::secrets;
 use crate::args::DemoArgs;
 use crate::format::{bytes, millis};
+use anyhow::Context;
 use comfy_table::{Cell, CellAlignment, Table, presets};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
-use std::fmt::Display;
+use std::cell::RefCell;
+use std::fmt::{self, Display};
+use std::io::{self, Write};
 use std::time::Duration;
 use vm_scrub::{Lease, ScrubReceipt};
 use vm_scrub_vmm::{Deliveries, Scan};
@@ -17,7 +20,21 @@ const MAX_ROWS: usize = 20;
 pub(crate) struct Narrator {
     json: bool,
     progress: ProgressBar,
+    /// Why nothing more is written to standard output, once it has failed.
+    failure: RefCell<Option<io::Error>>,
 }
+
+/// Standard output was a pipe, and its reader has gone.
+#[derive(Debug)]
+pub(crate) struct NobodyReads;
+
+impl Display for NobodyReads {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("nobody reads the results")
+    }
+}
+
+impl std::error::Error for NobodyReads {}
 
 impl Narrator {
     pub(crate) fn new(args: &DemoArgs) -> Self {
@@ -37,26 +54,56 @@ impl Narrator {
         Self {
             json: args.json,
             progress,
+            failure: RefCell::new(None),
         }
     }
 
     fn say(&self, line: impl Display) {
         if !self.json {
+            self.print(line);
+        }
+    }
+
+    /// Writes a line to standard output, if that still works.
+    fn print(&self, line: impl Display) {
+        let mut failure = self.failure.borrow_mut();
+        if failure.is_none() {
             // Around the bar, so that neither garbles the other.
-            self.progress.suspend(|| println!("{line}"));
+            let written = self.progress.suspend(|| {
+                let mut out = io::stdout().lock();
+                writeln!(out, "{line}").and_then(|()| out.flush())
+            });
+            *failure = written.err();
+        }
+    }
+
+    /// Writes a line to standard error. Nothing depends on it, so it does not matter if nobody reads it.
+    fn remark(&self, line: impl Display) {
+        self.progress.suspend(|| {
+            let _ = writeln!(io::stderr(), "{line}");
+        });
+    }
+
+    /// Fails with [`NobodyReads`] if the reader of the results has gone, and with what happened if they cannot be written.
+    pub(crate) fn ensure_somebody_reads(&self) -> anyhow::Result<()> {
+        match self.failure.borrow_mut().take() {
+            None => Ok(()),
+            Some(error) if error.kind() == io::ErrorKind::BrokenPipe => Err(NobodyReads.into()),
+            Some(error) => Err(error).context("the results cannot be written"),
         }
     }
 
     pub(crate) fn no_kvm(&self, error: &impl Display) {
-        self.progress
-            .suspend(|| eprintln!("no KVM guests, guest threads instead: {error}"));
+        self.remark(format_args!(
+            "no KVM guests, guest threads instead: {error}"
+        ));
     }
 
     pub(crate) fn huge_pages(&self, added: u64) {
         if added > 0 {
-            self.progress.suspend(|| {
-                eprintln!("vm.nr_hugepages raised by {added} for the time of the demonstration");
-            });
+            self.remark(format_args!(
+                "vm.nr_hugepages raised by {added} for the time of the demonstration"
+            ));
         }
     }
 
@@ -149,11 +196,12 @@ impl Narrator {
     pub(crate) fn end(&self, report: &Report) -> anyhow::Result<()> {
         self.progress.finish_and_clear();
         if self.json {
-            println!("{}", serde_json::to_string_pretty(report)?);
+            self.print(serde_json::to_string_pretty(report)?);
         } else {
-            println!("{}\n{}", receipts(&report.receipts), conclusion(report));
+            self.print(receipts(&report.receipts));
+            self.print(conclusion(report));
         }
-        Ok(())
+        self.ensure_somebody_reads()
     }
 }
 
