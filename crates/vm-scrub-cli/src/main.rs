@@ -6,6 +6,7 @@
 mod args;
 mod demo;
 mod format;
+mod signals;
 
 use args::{Args, Command};
 use clap::Parser;

@@ -6,6 +6,7 @@ mod report;
 mod secrets;
 
 use crate::args::{DemoArgs, Sabotage, VerifyArg};
+use crate::signals::{HeldBack, Lent};
 use anyhow::{Context, bail};
 use guest::{GuestKind, RunningGuest};
 use narrator::Narrator;
@@ -25,6 +26,11 @@ fn step_limit(memory: u64) -> Duration {
 
 /// Runs the demonstration and prints what it found. `true` if every teardown was proven and nothing leaked.
 pub(crate) fn run(args: &DemoArgs) -> anyhow::Result<bool> {
+    // Before any thread is started, and the narrator has one.
+    let requests = match args.page_size {
+        PageSize::Huge2M => Some(HeldBack::new().context("signals cannot be held back")?),
+        _ => None,
+    };
     let narrator = Narrator::new(args);
     let kind = match kvm_usable() {
         Ok(()) => GuestKind::Kvm,
@@ -34,9 +40,13 @@ pub(crate) fn run(args: &DemoArgs) -> anyhow::Result<bool> {
         }
     };
     // Held until the pool is gone: dropping it gives the pages back.
-    let _huge_pages = match args.page_size {
-        PageSize::Huge2M => Some(reserve_huge_pages(args.memory / BLOCK_SIZE, &narrator)?),
-        _ => None,
+    let _huge_pages = match requests {
+        Some(requests) => Some(borrow_huge_pages(
+            args.memory / BLOCK_SIZE,
+            requests,
+            &narrator,
+        )?),
+        None => None,
     };
     let pool = build_pool(args)?;
     let mut report = Report::new(kind, args, &pool);
@@ -58,10 +68,16 @@ pub(crate) fn run(args: &DemoArgs) -> anyhow::Result<bool> {
     Ok(report.proven && report.leaked_bytes == 0 && out_of_reach)
 }
 
-fn reserve_huge_pages(pages: u64, narrator: &Narrator) -> anyhow::Result<HugePages> {
+fn borrow_huge_pages(
+    pages: u64,
+    requests: HeldBack,
+    narrator: &Narrator,
+) -> anyhow::Result<Lent<HugePages>> {
     let huge_pages = HugePages::ensure(pages)?;
     narrator.huge_pages(huge_pages.added());
-    Ok(huge_pages)
+    requests
+        .lend(huge_pages)
+        .context("signals cannot be waited for")
 }
 
 /// A pool that holds exactly one guest: the next one gets the same blocks or none.
