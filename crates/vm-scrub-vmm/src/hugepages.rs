@@ -32,7 +32,7 @@ const PAUSE: Duration = Duration::from_millis(50);
 
 /// Huge pages that were added to the host's pool. Dropping it takes as many out again.
 ///
-/// A process that is killed leaves its pages in the pool.
+/// A process that is ended by a signal leaves its pages in the pool, unless it handles that signal.
 #[derive(Debug)]
 pub struct HugePages {
     pool: PathBuf,
@@ -143,7 +143,11 @@ fn available(pool: &Path) -> io::Result<u64> {
 }
 
 /// Memory that can be had without swapping, in bytes, as the kernel estimates it (proc_meminfo(5)).
-fn memory_available() -> io::Result<u64> {
+///
+/// # Errors
+///
+/// If the host does not say.
+pub fn memory_available() -> io::Result<u64> {
     let text = fs::read_to_string("/proc/meminfo")?;
     let kibibytes = text.lines().find_map(|line| {
         line.strip_prefix("MemAvailable:")?

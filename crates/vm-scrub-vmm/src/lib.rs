@@ -60,7 +60,7 @@ pub use device::{PACKET_BYTES, write_packets};
 pub use error::Error;
 pub use firmware::{FIRMWARE_SLOT, MAX_RANGES, MAX_VCPUS, RESERVED};
 pub use guest::{Guest, NonzeroWord, Scan};
-pub use hugepages::HugePages;
+pub use hugepages::{HugePages, memory_available};
 pub use kick::KICK_SIGNAL;
 pub use kvm::kvm_usable;
 pub use machine::{Machine, Touch};

@@ -6,6 +6,7 @@ mod report;
 mod secrets;
 
 use crate::args::{DemoArgs, Sabotage, VerifyArg};
+use crate::format;
 use crate::signals::{HeldBack, Lent};
 use anyhow::{Context, bail};
 use guest::{GuestKind, RunningGuest};
@@ -16,7 +17,7 @@ use std::time::Duration;
 use vm_memory::GuestAddress;
 use vm_scrub::test_support::{self, build_sabotaged};
 use vm_scrub::{BLOCK_SIZE, LeaseError, PageSize, Policy, Pool};
-use vm_scrub_vmm::{HugePages, StrayDevice, kvm_usable};
+use vm_scrub_vmm::{HugePages, StrayDevice, kvm_usable, memory_available};
 
 /// How long one step of a guest may take: a guest that hangs must not hang the command.
 fn step_limit(memory: u64) -> Duration {
@@ -46,7 +47,10 @@ pub(crate) fn run(args: &DemoArgs) -> anyhow::Result<bool> {
             requests,
             &narrator,
         )?),
-        None => None,
+        None => {
+            ensure_memory(args.memory)?;
+            None
+        }
     };
     let pool = build_pool(args)?;
     let mut report = Report::new(kind, args, &pool);
@@ -78,6 +82,21 @@ fn borrow_huge_pages(
     requests
         .lend(huge_pages)
         .context("signals cannot be waited for")
+}
+
+/// A host that has too little memory would end some process, and not necessarily this one.
+fn ensure_memory(wanted: u64) -> anyhow::Result<()> {
+    // Where the host does not say, it is tried.
+    if let Ok(available) = memory_available()
+        && available < wanted
+    {
+        bail!(
+            "a guest of {} was asked for and the host has {} of memory available: choose a smaller --memory",
+            format::bytes(wanted),
+            format::bytes(available)
+        );
+    }
+    Ok(())
 }
 
 /// A pool that holds exactly one guest: the next one gets the same blocks or none.
