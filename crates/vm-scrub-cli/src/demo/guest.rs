@@ -23,18 +23,20 @@ pub(crate) enum GuestKind {
 /// What holds the leased memory while the guest runs.
 enum Runner {
     Kvm {
-        machine: Machine,
         memslots: Memslots<Arc<VmFd>>,
+        machine: Machine,
     },
     Threads(ThreadGuest),
 }
 
 /// A guest with its memory.
 pub(crate) struct RunningGuest {
-    lease: Lease,
+    // In the order in which they must go where an error drops them: the memslots are deleted while the machine is there,
+    // and when the lease goes nobody has its memory.
+    runner: Runner,
     memory: GuestMemoryMmap,
     ranges: Vec<(u64, u64)>,
-    runner: Runner,
+    lease: Lease,
 }
 
 impl RunningGuest {
@@ -54,10 +56,10 @@ impl RunningGuest {
             .map(|region| (region.guest_address, region.bytes))
             .collect();
         Ok(Self {
-            lease,
+            runner,
             memory,
             ranges,
-            runner,
+            lease,
         })
     }
 
