@@ -7,6 +7,7 @@ use super::{BLOCK, Backing, NotGranted, Revocation, Revoked, Window, WindowSpace
 use crate::scrub::{HostPtr, Residency};
 use crate::sys;
 use crate::sys::map::{self, Advice};
+use std::io;
 use std::ops::Range;
 
 /// The smallest piece, in bytes, that a move is split into: any host page size divides it or is this.
@@ -29,6 +30,10 @@ impl AnonymousArena {
         unsafe {
             map::map_anonymous(base.0, len)?;
             keep_private(base.0, len);
+            // Only so that windows and arena are alike, and join: see `check_anonymous`.
+            if let Err(error) = map::advise(base.0, len, Advice::WipeOnFork) {
+                log::debug!("the arena is not wiped on fork: {error}");
+            }
         }
         let arena = Self {
             window: Some(window),
@@ -69,6 +74,28 @@ impl AnonymousArena {
         if let Err(error) = discarded {
             // A process that locks its memory (`mlockall`). One page is populated then, and counts as such.
             log::debug!("a page of the arena stays populated: {error}");
+        }
+    }
+
+    /// Refuses a window over which something was mapped that is not private anonymous memory: a snapshot's file, or memory
+    /// shared with a device. Its pages would come home with the rest, and those of a file that nobody has touched yet are not
+    /// populated: they would be skipped, and the next guest would read the file.
+    ///
+    /// `MADV_WIPEONFORK` is refused for all such mappings, and changes nothing for memory that no child inherits anyway.
+    ///
+    /// # Safety
+    /// The window must be the caller's.
+    unsafe fn check_anonymous(window: *mut u8, len: usize) -> sys::Result<()> {
+        // SAFETY: passed on to the caller.
+        match unsafe { map::advise(window, len, Advice::WipeOnFork) } {
+            Err(error) if error.errno() == Some(libc::EINVAL) => Err(sys::Error {
+                call: error.call,
+                source: io::Error::new(
+                    io::ErrorKind::InvalidInput,
+                    "something that is not private anonymous memory was mapped over the guest's memory",
+                ),
+            }),
+            result => result,
         }
     }
 
@@ -122,6 +149,7 @@ impl Backing for AnonymousArena {
         // nobody holds references. After the move a stray access to the window can reach only fresh pages of the window
         // itself, and the next call throws those away and closes it.
         unsafe {
+            Self::check_anonymous(window, len)?;
             self.make_uniform(window, len)?;
             move_pieces(window, home, len).map_err(|(_, error)| error)?;
             map::make_inaccessible(window, len)?;

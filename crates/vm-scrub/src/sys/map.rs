@@ -15,6 +15,8 @@ pub(crate) enum Advice {
     DontFork,
     /// A core dump does not contain the range.
     DontDump,
+    /// A child that gets the range nevertheless finds it empty. Refused (`EINVAL`) for anything but private anonymous memory.
+    WipeOnFork,
     /// The kernel does not merge its pages with equal ones.
     Unmergeable,
     /// Transparent huge pages are wanted.
@@ -35,6 +37,7 @@ impl Advice {
         match self {
             Advice::DontFork => libc::MADV_DONTFORK,
             Advice::DontDump => libc::MADV_DONTDUMP,
+            Advice::WipeOnFork => libc::MADV_WIPEONFORK,
             Advice::Unmergeable => libc::MADV_UNMERGEABLE,
             Advice::HugePage => libc::MADV_HUGEPAGE,
             Advice::NoHugePage => libc::MADV_NOHUGEPAGE,
