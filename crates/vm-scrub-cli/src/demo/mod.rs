@@ -204,3 +204,32 @@ fn run_guests(
 fn can_prove(verify: VerifyArg) -> bool {
     verify == VerifyArg::Full
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn memory_leaves_the_hole_below_4_gib_free() {
+        let layout = |bytes| -> Vec<(u64, u64)> {
+            let regions = memory_layout(bytes);
+            regions
+                .into_iter()
+                .map(|(start, bytes)| (start.0, bytes))
+                .collect()
+        };
+        let (three, four) = (3 << 30, 4 << 30);
+        assert_eq!(layout(2 << 20), [(0, 2 << 20)]);
+        assert_eq!(layout(three), [(0, three)]);
+        assert_eq!(layout(three + BLOCK_SIZE), [(0, three), (four, BLOCK_SIZE)]);
+        for bytes in [three, four, 64 << 30] {
+            vm_scrub_vmm::check_ranges(&layout(bytes)).expect("guests can work on it");
+        }
+    }
+
+    #[test]
+    fn a_step_may_take_longer_where_there_is_more_memory() {
+        assert!(step_limit(2 << 20) >= Duration::from_secs(30));
+        assert!(step_limit(64 << 30) > step_limit(1 << 30));
+    }
+}
