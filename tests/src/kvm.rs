@@ -9,13 +9,13 @@ use std::sync::mpsc::{self, RecvTimeoutError};
 use std::thread;
 use std::time::Duration;
 
-use crate::HugePages;
 use kvm_ioctls::VmFd;
 use vm_scrub::kvm::{MemslotOptions, Memslots};
-use vm_scrub::{Lease, PageSize, ScrubReceipt};
+use vm_scrub::lease::Refusal;
+use vm_scrub::{Lease, PageSize, Quiesced, ScrubReceipt, TeardownError};
 use vm_scrub_vmm::{Guest, Machine, Touch, kvm_usable};
 
-use crate::assert_adds_up;
+use crate::{HugePages, assert_adds_up};
 
 /// How long one run of a guest may take: enough for a loaded host, and an end for one that hangs.
 pub const LIMIT: Duration = Duration::from_secs(20);
@@ -213,5 +213,17 @@ pub fn assert_out_of_reach(machine: &Machine, addresses: &[u64]) {
             matches!(&touch, Touch::Stopped(stop) if stop.lost_memory()),
             "a write to {gpa:#x}: {touch:?}"
         );
+    }
+}
+
+/// Asks for a teardown that must be refused for this reason, and hands back what it was asked with.
+#[track_caller]
+pub fn refused(lease: Lease, quiesced: Quiesced, reason: Refusal) -> (Lease, Quiesced) {
+    match lease.teardown(quiesced) {
+        Err(TeardownError::Refused(refused)) => {
+            assert_eq!(refused.reason, reason);
+            (refused.lease, refused.quiesced)
+        }
+        other => panic!("{other:?}"),
     }
 }

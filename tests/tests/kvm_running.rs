@@ -5,8 +5,10 @@
 use std::thread;
 
 use vm_scrub::lease::Refusal;
-use vm_scrub::{BLOCK_SIZE, Lease, PageSize, TeardownError};
-use vm_scrub_tests::kvm::{ABOVE_HOLE, LIMIT, Vm, assert_out_of_reach, edges, ranges, secret};
+use vm_scrub::{BLOCK_SIZE, PageSize};
+use vm_scrub_tests::kvm::{
+    ABOVE_HOLE, LIMIT, Vm, assert_out_of_reach, edges, ranges, refused, secret,
+};
 use vm_scrub_tests::{
     assert_adds_up, assert_all_zero, assert_nothing_dirty_left, kvm_on_every_page_size, pool,
     quiesce, regions, teardown,
@@ -80,19 +82,6 @@ fn memory_goes_while_vcpus_write_and_the_next_guest_meets_none_of_it(page_size: 
     }
 }
 
-/// Asks for a teardown that is refused because of `memslots`, and gives the lease back.
-#[track_caller]
-fn refused(lease: Lease, memslots: usize) -> Lease {
-    let quiesced = quiesce(&lease);
-    match lease.teardown(quiesced) {
-        Err(TeardownError::Refused(refused)) => {
-            assert_eq!(refused.reason, Refusal::Registered { memslots });
-            refused.lease
-        }
-        other => panic!("{other:?}"),
-    }
-}
-
 fn a_running_guest_with_memslots_is_not_torn_down(page_size: PageSize) {
     let pool = pool(page_size, 4);
     let Vm {
@@ -104,7 +93,8 @@ fn a_running_guest_with_memslots_is_not_torn_down(page_size: PageSize) {
     let mut running = machine.start_fill_forever(&all, secret(3)).unwrap();
     running.wait_passes(1, LIMIT).unwrap();
     for _ in 0..8 {
-        lease = refused(lease, 2);
+        let quiesced = quiesce(&lease);
+        (lease, _) = refused(lease, quiesced, Refusal::Registered { memslots: 2 });
         writes_on(&mut running);
     }
     assert_eq!(pool.accounts().leased, pool.capacity());
@@ -128,7 +118,9 @@ fn forgotten_memslots_count_for_ever(page_size: PageSize) {
     running.wait_passes(1, LIMIT).unwrap();
     // Nobody can remove them any more, whatever is asserted.
     std::mem::forget(memslots);
-    let lease = refused(refused(lease, 2), 2);
+    let quiesced = quiesce(&lease);
+    let (lease, quiesced) = refused(lease, quiesced, Refusal::Registered { memslots: 2 });
+    let (lease, _) = refused(lease, quiesced, Refusal::Registered { memslots: 2 });
     drop(lease);
     assert_eq!(pool.accounts().quarantined, 2 * BLOCK_SIZE);
     // The guest neither crashes nor stops, and nobody else gets its memory.
