@@ -30,7 +30,7 @@ impl HugePages {
                 _lock: lock,
             }),
             Err(error) => {
-                eprintln!("SKIPPED: {error}");
+                crate::kvm::skipped(&error);
                 None
             }
         }

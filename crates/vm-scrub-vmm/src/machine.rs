@@ -240,7 +240,7 @@ mod tests {
         match crate::kvm_usable() {
             Ok(()) => Some(Machine::new(2).expect("machine")),
             Err(error) => {
-                let _ = writeln!(stderr(), "\n*** SKIPPED a test of Machine: {error} ***");
+                let _ = writeln!(stderr(), "\nSKIPPED a test of Machine: {error}");
                 None
             }
         }

@@ -15,10 +15,7 @@ fn borrowed_pages_are_free() {
     let pages = match HugePages::ensure(4) {
         Ok(pages) => pages,
         Err(error) => {
-            let _ = writeln!(
-                stderr(),
-                "\n*** SKIPPED borrowed_pages_are_free: {error} ***"
-            );
+            let _ = writeln!(stderr(), "\nSKIPPED borrowed_pages_are_free: {error}");
             return;
         }
     };

@@ -18,7 +18,7 @@ pub(crate) const GIB: u64 = 1 << 30;
 pub(crate) fn machine(vcpus: usize) -> Option<Machine> {
     if let Err(error) = kvm_usable() {
         let name = std::thread::current().name().unwrap_or("test").to_owned();
-        let _ = writeln!(stderr(), "\n*** SKIPPED {name}: {error} ***");
+        let _ = writeln!(stderr(), "\nSKIPPED {name}: {error}");
         return None;
     }
     Some(Machine::new(vcpus).expect("machine"))
