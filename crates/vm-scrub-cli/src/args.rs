@@ -1,5 +1,6 @@
 //! What can be said on the command line.
 
+use crate::bench::args::BenchArgs;
 use clap::{Args as Arguments, Parser, Subcommand, ValueEnum};
 use vm_scrub::{BLOCK_SIZE, PageSize, Verify};
 use vm_scrub_vmm::MAX_VCPUS;
@@ -24,6 +25,11 @@ pub(crate) enum Command {
     ///
     /// Exit status 0 only if every teardown was proven and nothing leaked, 1 otherwise, 2 for bad arguments.
     Demo(DemoArgs),
+    /// Measure it on this host, beside what people do today.
+    ///
+    /// Contenders take turns, after warm-up; what they leave behind is looked at after each run. Exit status 0 if everything could
+    /// be measured, 1 otherwise, 2 for bad arguments.
+    Bench(BenchArgs),
 }
 
 #[derive(Debug, Arguments)]
@@ -90,7 +96,8 @@ impl From<VerifyArg> for Verify {
     }
 }
 
-fn page_size(name: &str) -> Result<PageSize, String> {
+/// Reads the name of a page size.
+pub(crate) fn page_size(name: &str) -> Result<PageSize, String> {
     name.parse()
         .map_err(|error: vm_scrub::pool::UnknownPageSize| error.to_string())
 }

@@ -4,6 +4,7 @@
 //! 0 if what was asked for was shown to hold, 1 if it was not or could not be tried, and 2 for bad arguments.
 
 mod args;
+mod bench;
 mod demo;
 mod format;
 mod signals;
@@ -18,6 +19,7 @@ fn main() -> ExitCode {
     env_logger::Builder::from_env(env_logger::Env::default().default_filter_or("error")).init();
     let done = match args.command {
         Command::Demo(demo) => demo::run(&demo),
+        Command::Bench(bench) => bench::run(&bench),
     };
     match done {
         Ok(true) => ExitCode::SUCCESS,

@@ -1,0 +1,277 @@
+//! `loops`: every loop by itself, by size and threads.
+//!
+//! The same memory is worked on over and over, so what fits into a cache stays there. With several threads each has a share of
+//! the size that is named. Fused loops zero pieces of 256 KiB and read each back at once; for the largest size and one thread
+//! the same is done one after the other over all of the memory, which is what fusing is compared with.
+
+use super::{count, title, unless_hugetlb_is_missing};
+use crate::bench::calibrated;
+use crate::bench::memory::{self, Mapping};
+use crate::bench::row::{Labels, Op};
+use crate::bench::settings::Settings;
+use crate::bench::subject::{Built, Contender, Group, Plan, Subject};
+use crate::bench::team::Team;
+use anyhow::ensure;
+use std::cell::RefCell;
+use std::rc::Rc;
+use vm_scrub::PageSize;
+use vm_scrub::arch::{VerifyLoop, ZeroLoop};
+
+/// Sizes in bytes: within the first-level cache, the second, the third, and beyond.
+const SIZES: [u64; 7] = [
+    4 << 10,
+    32 << 10,
+    256 << 10,
+    1 << 20,
+    8 << 20,
+    64 << 20,
+    1 << 30,
+];
+
+/// What the engine zeroes and reads back in turn, in bytes.
+const PIECE: usize = 256 << 10;
+
+/// A share smaller than this, in bytes, says nothing: a few cache lines.
+const SMALLEST_SHARE: u64 = 256;
+
+/// One mapping for all contenders of a group.
+type Shared = Rc<RefCell<Mapping>>;
+
+pub(super) fn plans(settings: &Rc<Settings>) -> Vec<Plan> {
+    let mut plans = Vec::new();
+    for page_size in settings.page_sizes_or(&[PageSize::Transparent]) {
+        for threads in settings.one_and_all_threads() {
+            for bytes in sizes(settings.memory) {
+                if bytes / (threads as u64) < SMALLEST_SHARE {
+                    continue;
+                }
+                for op in [Op::Zero, Op::Verify, Op::Fused] {
+                    let settings = Rc::clone(settings);
+                    let title = format!(
+                        "{}, {}, {}",
+                        op.name(),
+                        title(bytes, page_size),
+                        count(threads)
+                    );
+                    plans.push(Plan::new(title, move || {
+                        let case = Case {
+                            page_size,
+                            threads,
+                            bytes,
+                            op,
+                        };
+                        let built = build(&settings, case);
+                        unless_hugetlb_is_missing(&settings, page_size, built)
+                    }));
+                }
+            }
+        }
+    }
+    plans
+}
+
+/// The usual sizes as far as memory goes, and all of the memory.
+fn sizes(memory: u64) -> Vec<u64> {
+    let mut sizes: Vec<u64> = SIZES.into_iter().filter(|size| *size < memory).collect();
+    sizes.push(memory);
+    sizes
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Case {
+    page_size: PageSize,
+    threads: usize,
+    bytes: u64,
+    op: Op,
+}
+
+fn build(settings: &Settings, case: Case) -> anyhow::Result<Built> {
+    let keep = memory::reserve(case.page_size, case.bytes)?;
+    let team = Rc::new(Team::new(case.threads)?);
+    let len = usize::try_from(case.bytes)?.next_multiple_of(memory::HUGE);
+    let mut mapping = Mapping::anonymous(len, case.page_size)?;
+    team.each(mapping.bytes(), memory::HUGE, memory::populate)?;
+    let shared: Shared = Rc::new(RefCell::new(mapping));
+    let contender = |op, zero: Option<ZeroLoop>, verify: Option<VerifyLoop>| {
+        contender(case, op, zero, verify, &team, &shared)
+    };
+    let verify = calibrated::verify_loop(case.bytes);
+    let contenders = match case.op {
+        Op::Zero => ZeroLoop::available()
+            .map(|each| contender(Op::Zero, Some(each), None))
+            .collect(),
+        Op::Verify => VerifyLoop::available()
+            .map(|each| contender(Op::Verify, None, Some(each)))
+            .collect(),
+        Op::Fused | Op::Separate => {
+            let both = case.threads == 1 && case.bytes == settings.memory;
+            let ops: &[Op] = if both {
+                &[Op::Fused, Op::Separate]
+            } else {
+                &[Op::Fused]
+            };
+            ZeroLoop::available()
+                .flat_map(|zero| ops.iter().map(move |op| (zero, *op)))
+                .map(|(zero, op)| contender(op, Some(zero), Some(verify)))
+                .collect()
+        }
+    };
+    Ok(Built::Ready(Group::new(contenders, keep)))
+}
+
+fn contender(
+    case: Case,
+    op: Op,
+    zero: Option<ZeroLoop>,
+    verify: Option<VerifyLoop>,
+    team: &Rc<Team>,
+    shared: &Shared,
+) -> Contender {
+    // A fused loop is called by the name of the part that differs.
+    let by_loop = zero
+        .map(ZeroLoop::name)
+        .or(verify.map(VerifyLoop::name))
+        .unwrap_or_default();
+    let calibrated = match zero {
+        Some(zero) => zero == calibrated::zero_loop(case.bytes),
+        None => verify == Some(calibrated::verify_loop(case.bytes)),
+    };
+    let name = match op {
+        Op::Zero | Op::Verify => by_loop.to_owned(),
+        Op::Fused | Op::Separate => format!("{by_loop} {}", op.name()),
+    };
+    let labels = Labels {
+        name,
+        by_loop: Some(by_loop.into()),
+        op: Some(op),
+        calibrated: Some(calibrated),
+        page_size: Some(case.page_size),
+        threads: case.threads,
+        bytes: case.bytes,
+        ..Labels::default()
+    };
+    let subject = LoopSubject {
+        zero,
+        verify,
+        fused: op == Op::Fused,
+        bytes: case.bytes as usize,
+        team: Rc::clone(team),
+        shared: Rc::clone(shared),
+    };
+    let contender = Contender::new(labels, subject);
+    match op {
+        Op::Fused => contender.against(format!("{by_loop} {}", Op::Separate.name())),
+        _ => contender,
+    }
+}
+
+/// Zeroes, reads, or both.
+struct LoopSubject {
+    zero: Option<ZeroLoop>,
+    verify: Option<VerifyLoop>,
+    fused: bool,
+    bytes: usize,
+    team: Rc<Team>,
+    shared: Shared,
+}
+
+impl LoopSubject {
+    fn with_memory<R>(&self, work: impl FnOnce(&mut [u8]) -> R) -> R {
+        work(&mut self.shared.borrow_mut().bytes()[..self.bytes])
+    }
+}
+
+/// What a verification loop that finds something in zeroed memory, or nothing in dirty memory, leaves behind.
+#[derive(Debug, thiserror::Error)]
+#[error("the loop's answer is wrong")]
+struct WrongAnswer;
+
+/// One pass of the loops over a thread's share.
+fn pass(
+    zero: Option<ZeroLoop>,
+    verify: Option<VerifyLoop>,
+    memory: &mut [u8],
+) -> Result<(), WrongAnswer> {
+    if let Some(zero) = zero {
+        // SAFETY: an exclusively borrowed slice.
+        unsafe { zero.zero(memory.as_mut_ptr(), memory.len()) };
+    }
+    match verify {
+        // SAFETY: as above, and initialised.
+        Some(verify)
+            if unsafe { verify.first_nonzero(memory.as_ptr(), memory.len()) }.is_some() =>
+        {
+            Err(WrongAnswer)
+        }
+        _ => Ok(()),
+    }
+}
+
+impl Subject for LoopSubject {
+    fn prepare(&mut self) -> anyhow::Result<()> {
+        let reads_only = self.zero.is_none();
+        self.with_memory(|memory| {
+            if reads_only {
+                memory.fill(0);
+            } else {
+                memory::dirty(&self.team, memory);
+            }
+        });
+        Ok(())
+    }
+
+    fn run(&mut self, iterations: u64) -> anyhow::Result<()> {
+        let (zero, verify, fused) = (self.zero, self.verify, self.fused);
+        let unit = 64;
+        self.with_memory(|memory| {
+            self.team.each(memory, unit, |share| {
+                for _ in 0..iterations {
+                    if fused {
+                        share
+                            .chunks_mut(PIECE)
+                            .try_for_each(|piece| pass(zero, verify, piece))?;
+                    } else {
+                        pass(zero, verify, share)?;
+                    }
+                }
+                Ok::<(), WrongAnswer>(())
+            })
+        })
+        .map_err(anyhow::Error::from)
+    }
+
+    fn check(&mut self) -> anyhow::Result<()> {
+        self.with_memory(|memory| {
+            memory::ensure_zero(memory)?;
+            if let Some(verify) = self.verify {
+                // A loop that looks at nothing would be the fastest.
+                let last = memory.len() - 1;
+                memory[last] = 1;
+                // SAFETY: an exclusively borrowed slice.
+                let found = unsafe { verify.first_nonzero(memory.as_ptr(), memory.len()) };
+                memory[last] = 0;
+                ensure!(found == Some(last), "{verify} does not find the last byte");
+            }
+            Ok(())
+        })
+    }
+
+    fn is_repeatable(&self) -> bool {
+        true
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes_end_with_all_of_the_memory() {
+        assert_eq!(sizes(1 << 30), SIZES);
+        assert_eq!(
+            sizes(2 << 20),
+            [4 << 10, 32 << 10, 256 << 10, 1 << 20, 2 << 20]
+        );
+        assert_eq!(sizes(2 << 30).last(), Some(&(2 << 30)));
+    }
+}

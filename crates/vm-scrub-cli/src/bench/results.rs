@@ -1,0 +1,89 @@
+//! Everything that one call has found, as it is exported.
+
+use super::args::Benchmark;
+use super::row::Row;
+use super::setup::Setup;
+use super::warning::Warning;
+use serde::Serialize;
+
+/// What was measured, on what, and what could not be.
+#[derive(Debug, Serialize)]
+pub(crate) struct Results {
+    pub(crate) setup: Setup,
+    #[serde(rename = "results")]
+    pub(crate) rows: Vec<Row>,
+    /// What this host cannot have.
+    pub(crate) skipped: Vec<Note>,
+    /// What went wrong.
+    pub(crate) failed: Vec<Note>,
+}
+
+/// A group, or one contender of it, without results.
+#[derive(Debug, Clone, Serialize)]
+pub(crate) struct Note {
+    pub(crate) benchmark: Benchmark,
+    pub(crate) group: String,
+    pub(crate) contender: Option<String>,
+    pub(crate) reason: String,
+}
+
+impl Note {
+    pub(crate) fn new(
+        benchmark: Benchmark,
+        group: &str,
+        contender: Option<String>,
+        reason: String,
+    ) -> Self {
+        Self {
+            benchmark,
+            group: group.to_owned(),
+            contender,
+            reason,
+        }
+    }
+}
+
+impl Results {
+    pub(crate) fn new(setup: Setup) -> Self {
+        Self {
+            setup,
+            rows: Vec::new(),
+            skipped: Vec::new(),
+            failed: Vec::new(),
+        }
+    }
+
+    /// The benchmarks of which there are results, in order.
+    pub(crate) fn benchmarks(&self) -> Vec<Benchmark> {
+        let mut benchmarks: Vec<Benchmark> = self.rows.iter().map(|row| row.benchmark).collect();
+        benchmarks.dedup();
+        benchmarks
+    }
+
+    /// The groups of a benchmark with their rows, in order.
+    pub(crate) fn groups(&self, benchmark: Benchmark) -> Vec<(&str, &[Row])> {
+        self.rows
+            .chunk_by(|one, next| one.benchmark == next.benchmark && one.group == next.group)
+            .filter(|rows| rows[0].benchmark == benchmark)
+            .map(|rows| (rows[0].group.as_str(), rows))
+            .collect()
+    }
+}
+
+/// The warnings of `rows`, each kind once, the worst first met, with the names of those it is about.
+pub(crate) fn by_warning(rows: &[Row]) -> Vec<(&Warning, Vec<&str>)> {
+    let mut found: Vec<(&Warning, Vec<&str>)> = Vec::new();
+    for row in rows {
+        for warning in &row.warnings {
+            let name = row.labels.name.as_str();
+            match found
+                .iter_mut()
+                .find(|(other, _)| other.kind() == warning.kind())
+            {
+                Some((_, names)) => names.push(name),
+                None => found.push((warning, vec![name])),
+            }
+        }
+    }
+    found
+}
