@@ -123,7 +123,7 @@ pub(crate) struct BenchArgs {
     pub(crate) min_time: Duration,
 
     /// Seconds after which no further runs are begun in a group of contenders
-    #[arg(long, value_name = "SECONDS", default_value = "60", value_parser = seconds)]
+    #[arg(long, value_name = "SECONDS", default_value = "120", value_parser = seconds)]
     pub(crate) max_time: Duration,
 
     /// Runs of each contender that are not counted [default: until it gets no faster, at most 10]

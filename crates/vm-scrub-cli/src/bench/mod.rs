@@ -143,7 +143,7 @@ impl Session {
         for (warning, contenders) in results::by_warning(rows) {
             self.progress.note(format_args!(
                 "warning: {benchmark}: {title}: {}: {warning} ({})",
-                contenders.join(", "),
+                contenders,
                 warning.advice()
             ));
         }

@@ -70,8 +70,8 @@ impl Results {
     }
 }
 
-/// The warnings of `rows`, each kind once, the worst first met, with the names of those it is about.
-pub(crate) fn by_warning(rows: &[Row]) -> Vec<(&Warning, Vec<&str>)> {
+/// The warnings of `rows`: each kind once, as bad as it gets, and whom it is about.
+pub(crate) fn by_warning(rows: &[Row]) -> Vec<(&Warning, String)> {
     let mut found: Vec<(&Warning, Vec<&str>)> = Vec::new();
     for row in rows {
         for warning in &row.warnings {
@@ -80,10 +80,53 @@ pub(crate) fn by_warning(rows: &[Row]) -> Vec<(&Warning, Vec<&str>)> {
                 .iter_mut()
                 .find(|(other, _)| other.kind() == warning.kind())
             {
-                Some((_, names)) => names.push(name),
+                Some((worst, names)) => {
+                    if warning.severity() > worst.severity() {
+                        *worst = warning;
+                    }
+                    names.push(name);
+                }
                 None => found.push((warning, vec![name])),
             }
         }
     }
+    let whom = |mut names: Vec<&str>| {
+        if names.len() == rows.len() && rows.len() > 1 {
+            return "all".into();
+        }
+        names.dedup();
+        names.join(", ")
+    };
     found
+        .into_iter()
+        .map(|(warning, names)| (warning, whom(names)))
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::bench::export::samples;
+
+    #[test]
+    fn a_kind_of_warning_is_told_once_and_at_its_worst() {
+        let mut rows = samples::results().rows;
+        rows.truncate(3);
+        rows[0].warnings = vec![Warning::Noise { spread: 0.2 }];
+        rows[1].warnings = vec![
+            Warning::Noise { spread: 0.5 },
+            Warning::TooShort { nanos: 10.0 },
+        ];
+        let found = by_warning(&rows);
+        assert_eq!(found.len(), 2);
+        assert_eq!(
+            found[0],
+            (&Warning::Noise { spread: 0.5 }, "vm-scrub".into())
+        );
+        rows[2].warnings = vec![Warning::Noise { spread: 0.1 }];
+        assert_eq!(
+            by_warning(&rows)[0],
+            (&Warning::Noise { spread: 0.5 }, "all".into())
+        );
+    }
 }

@@ -82,8 +82,8 @@ pub(crate) fn ensure_available(bytes: u64) -> anyhow::Result<()> {
     ensure!(
         available >= bytes.saturating_add(HEADROOM),
         "{} of memory are needed and {} are available: use a smaller --memory",
-        crate::format::bytes(bytes),
-        crate::format::bytes(available)
+        crate::bench::units::size(bytes),
+        crate::bench::units::size(available)
     );
     Ok(())
 }

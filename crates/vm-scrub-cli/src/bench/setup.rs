@@ -83,14 +83,14 @@ impl Setup {
                     } else {
                         ""
                     },
-                    crate::format::bytes(self.l2_bytes)
+                    crate::bench::units::size(self.l2_bytes)
                 ),
             ),
             (
                 "memory",
                 format!(
                     "{}, {} NUMA node{}",
-                    crate::format::bytes(self.memory_bytes),
+                    crate::bench::units::size(self.memory_bytes),
                     self.numa_nodes,
                     if self.numa_nodes == 1 { "" } else { "s" }
                 ),

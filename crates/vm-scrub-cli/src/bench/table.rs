@@ -67,7 +67,7 @@ fn columns(rows: &[Row]) -> Vec<Column> {
         }),
         ("threads".into(), |row| row.labels.threads.to_string()),
         ("touched".into(), |row| {
-            optional(row.labels.touched_bytes, crate::format::bytes)
+            optional(row.labels.touched_bytes, crate::bench::units::size)
         }),
         ("median".into(), |row| units::time(row.median_ns)),
         ("± MAD".into(), |row| units::time(row.mad_ns)),

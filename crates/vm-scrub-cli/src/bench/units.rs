@@ -32,6 +32,20 @@ pub(crate) fn unit_of(nanos: f64) -> (f64, &'static str) {
     }
 }
 
+/// `256 KiB`, `1.5 GiB`: bytes in the largest binary unit of which there is at least one.
+pub(crate) fn size(bytes: u64) -> String {
+    let units = ["bytes", "KiB", "MiB", "GiB", "TiB"];
+    let step = bytes
+        .checked_ilog2()
+        .map_or(0, |log| log as usize / 10)
+        .min(units.len() - 1);
+    format!(
+        "{} {}",
+        plain(bytes as f64 / (1_u64 << (10 * step)) as f64),
+        units[step]
+    )
+}
+
 /// `29.4 GiB/s`.
 pub(crate) fn rate(gib_per_s: f64) -> String {
     format!("{} GiB/s", three(gib_per_s))
@@ -66,6 +80,14 @@ mod tests {
         assert_eq!(time(1_204_999.0), "1.20 ms");
         assert_eq!(time(99_960.0), "100 µs");
         assert_eq!(time(2.5e9), "2.50 s");
+        assert_eq!(
+            (size(0), size(4096), size(3 << 29)),
+            ("0 bytes".into(), "4 KiB".into(), "1.5 GiB".into())
+        );
+        assert_eq!(
+            (size(102_400), size(1000 << 20), size(1 << 50)),
+            ("100 KiB".into(), "1000 MiB".into(), "1024 TiB".into())
+        );
         assert_eq!(rate(147.2), "147 GiB/s");
         assert_eq!(ratio(6.118), "6.12×");
         assert_eq!(percent(0.974), "97 %");

@@ -37,6 +37,18 @@ impl Warning {
         }
     }
 
+    /// How bad it is, among warnings of one kind.
+    pub(crate) fn severity(&self) -> f64 {
+        match self {
+            Warning::Noise { spread } => *spread,
+            Warning::Outliers { outliers, runs } => *outliers as f64 / (*runs).max(1) as f64,
+            Warning::TooShort { nanos } => -nanos,
+            Warning::ColdMemory { slower } => *slower,
+            Warning::OtherLoad { processors } | Warning::Stolen { processors } => *processors,
+            Warning::FewerRuns { runs, wanted } => *wanted as f64 - *runs as f64,
+        }
+    }
+
     /// What can be done about it.
     pub(crate) fn advice(&self) -> &'static str {
         match self {
@@ -67,7 +79,7 @@ impl fmt::Display for Warning {
             Warning::Noise { spread } => {
                 write!(
                     f,
-                    "noise: half of the times are {:.0} % apart",
+                    "noise: the middle half of the times is {:.0} % apart",
                     spread * 100.0
                 )
             }

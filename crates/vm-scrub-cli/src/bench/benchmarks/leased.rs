@@ -102,3 +102,16 @@ impl Subject for Turnaround {
         Ok(())
     }
 }
+
+impl Drop for Turnaround {
+    fn drop(&mut self) {
+        end(self.lease.take());
+    }
+}
+
+/// Tears down what is left when all runs are over: a lease that is merely dropped is quarantined, with an error in the log.
+pub(super) fn end(lease: Option<Lease>) {
+    if let Some(Err(error)) = lease.map(teardown) {
+        log::warn!("the last teardown failed: {error:#}");
+    }
+}

@@ -11,7 +11,7 @@ mod turnaround;
 use super::args::Benchmark;
 use super::settings::Settings;
 use super::subject::{Built, Plan};
-use crate::format;
+use super::units;
 use std::rc::Rc;
 use vm_scrub::PageSize;
 
@@ -27,9 +27,9 @@ pub(crate) fn plans(benchmark: Benchmark, settings: &Rc<Settings>) -> Vec<Plan> 
     }
 }
 
-/// `1.00 GiB, thp`: what titles of groups begin with.
+/// `1 GiB, thp`: what titles of groups begin with.
 fn title(bytes: u64, page_size: PageSize) -> String {
-    format!("{}, {page_size}", format::bytes(bytes))
+    format!("{}, {page_size}", units::size(bytes))
 }
 
 /// `1 thread`, `2 threads`.

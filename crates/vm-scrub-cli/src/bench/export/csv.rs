@@ -89,7 +89,7 @@ mod tests {
                 .expect("a column");
             records[record][column].to_owned()
         };
-        assert_eq!(field(0, "group"), "1.00 GiB, thp, 2 threads");
+        assert_eq!(field(0, "group"), "1 GiB, thp, 2 threads");
         assert_eq!(
             (field(0, "median_ns"), field(0, "warnings")),
             ("20000000".into(), "noise".into())

@@ -58,7 +58,7 @@ fn labels(name: &str, verify: Verify) -> Labels {
 /// One or two groups of every benchmark.
 pub(crate) fn results() -> Results {
     let mut results = Results::new(Setup::of_this_host());
-    let turnaround = "1.00 GiB, thp, 2 threads";
+    let turnaround = "1 GiB, thp, 2 threads";
     let populate = "munmap-mmap-populate";
     let full = row(
         Benchmark::Turnaround,
@@ -84,8 +84,8 @@ pub(crate) fn results() -> Results {
     results.rows.push(against(kernel, populate, 1.0));
 
     for (bytes, group) in [
-        (4096, "zero, 4.00 KiB, thp, 1 thread"),
-        (1 << 30, "zero, 1.00 GiB, thp, 1 thread"),
+        (4096, "zero, 4 KiB, thp, 1 thread"),
+        (1 << 30, "zero, 1 GiB, thp, 1 thread"),
     ] {
         for (name, ms) in [("portable", 14.0), ("a<b>&\"c\"", 12.0)] {
             let labels = Labels {
@@ -115,7 +115,7 @@ pub(crate) fn results() -> Results {
                 pattern: Some(Pattern::Scattered),
                 ..labels(name, Verify::Full)
             };
-            let group = format!("1.00 GiB, 4k, {percent} % scattered");
+            let group = format!("1 GiB, 4k, {percent} % scattered");
             let row = row(
                 Benchmark::Sparse,
                 &group,
@@ -142,7 +142,7 @@ pub(crate) fn results() -> Results {
     results.rows.push(against(row, "alone", 0.8));
     results.skipped.push(Note::new(
         Benchmark::Guest,
-        "1.00 GiB, 2m",
+        "1 GiB, 2m",
         None,
         "no /dev/kvm <here>".into(),
     ));

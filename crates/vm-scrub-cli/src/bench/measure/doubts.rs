@@ -7,8 +7,8 @@ use crate::bench::warning::Warning;
 /// Quartiles that are further apart than this fraction of the median are noise.
 const SPREAD: f64 = 0.10;
 
-/// More outliers than this fraction of the runs are worth a warning; single ones are why medians are used.
-const OUTLIERS: f64 = 0.15;
+/// More outliers than this fraction of the runs are worth a warning. A single one never is: it is why medians are used.
+const OUTLIERS: f64 = 0.1;
 
 /// Runs below this many nanoseconds are short beside waking a thread up, which takes about 10 microseconds.
 const SHORT: f64 = 50_000.0;
@@ -32,7 +32,7 @@ pub(crate) fn warnings(sample: &Sample, wanted: usize, load: Load) -> Vec<Warnin
         warnings.push(Warning::Noise { spread });
     }
     let outliers = summary.outliers(&sample.times);
-    if outliers as f64 > OUTLIERS * runs as f64 {
+    if outliers > 1 && outliers as f64 > OUTLIERS * runs as f64 {
         warnings.push(Warning::Outliers { outliers, runs });
     }
     let nanos = summary.median * sample.iterations as f64;

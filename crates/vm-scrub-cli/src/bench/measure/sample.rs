@@ -39,12 +39,12 @@ impl Sample {
         self.times.iter().sum::<f64>() * self.iterations as f64
     }
 
-    /// By what fraction the first quarter of the timed runs was slower than the rest; 0 if it was not, or if there are fewer
-    /// than four.
+    /// By what fraction the fastest of the first quarter of the timed runs was slower than three quarters of the others; 0 if it
+    /// was not, or if there are fewer than four. A busy host makes runs slow here and there, cold memory the first ones.
     pub(crate) fn first_runs_slower(&self) -> f64 {
         let (first, rest) = self.times.split_at(self.times.len() / 4);
-        match (median(first), median(rest)) {
-            (Some(first), Some(rest)) if rest > 0.0 => (first / rest - 1.0).max(0.0),
+        match (Summary::of(first), Summary::of(rest)) {
+            (Some(first), Some(rest)) if rest.q3 > 0.0 => (first.min / rest.q3 - 1.0).max(0.0),
             _ => 0.0,
         }
     }

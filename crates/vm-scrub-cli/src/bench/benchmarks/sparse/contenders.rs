@@ -63,6 +63,12 @@ impl Subject for Leased {
     }
 }
 
+impl Drop for Leased {
+    fn drop(&mut self) {
+        leased::end(self.lease.take());
+    }
+}
+
 /// Cleans an embedder's own mapping.
 pub(super) type Clean = fn(&Touched, &mut [u8]) -> anyhow::Result<()>;
 

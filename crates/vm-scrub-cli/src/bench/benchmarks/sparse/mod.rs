@@ -72,7 +72,7 @@ pub(super) fn plans(settings: &Rc<Settings>) -> Vec<Plan> {
                     percent: None,
                     dirty: memory / part,
                 };
-                let dirty = crate::format::bytes(case.dirty.max(4096));
+                let dirty = crate::bench::units::size(case.dirty.max(4096));
                 let title = format!(
                     "{}, {dirty} {}",
                     title(memory, case.page_size),
@@ -91,7 +91,7 @@ pub(super) fn plans(settings: &Rc<Settings>) -> Vec<Plan> {
                 percent: None,
                 dirty: (memory / LARGE.1).next_multiple_of(BLOCK_SIZE),
             };
-            let dirty = crate::format::bytes(case.dirty);
+            let dirty = crate::bench::units::size(case.dirty);
             let title = format!(
                 "{}, teardown with {dirty} touched",
                 title(memory * LARGE.0, page_size)
