@@ -11,6 +11,7 @@ use vm_scrub::Verify;
 /// A figure and what it is about.
 #[derive(Debug, Clone, PartialEq)]
 pub(crate) struct Glance {
+    pub(crate) benchmark: Benchmark,
     pub(crate) what: String,
     pub(crate) figure: String,
 }
@@ -82,7 +83,11 @@ fn of_row(row: &Row) -> Option<Glance> {
         }
         _ => return None,
     };
-    Some(Glance { what, figure })
+    Some(Glance {
+        benchmark: row.benchmark,
+        what,
+        figure,
+    })
 }
 
 /// Where the loop that vm-scrub chooses falls furthest behind the best.
@@ -96,6 +101,7 @@ fn worst_choice(results: &Results) -> Option<Glance> {
         .filter_map(|row| Some((row.of_ceiling?, row)))
         .min_by(|one, other| one.0.total_cmp(&other.0))?;
     Some(Glance {
+        benchmark: Benchmark::Loops,
         what: format!(
             "the chosen loop against the best, where it is worst ({})",
             worst.1.group

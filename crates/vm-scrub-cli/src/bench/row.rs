@@ -1,7 +1,6 @@
 //! One line of results: what was measured, how long it took, and what to make of it.
 
 use super::args::Benchmark;
-use super::stats::Summary;
 use super::warning::Warning;
 use serde::{Serialize, Serializer};
 use vm_scrub::{PageSize, Verify};
@@ -140,18 +139,6 @@ pub(crate) struct Row {
 }
 
 impl Row {
-    /// The times in short.
-    pub(crate) fn summary(&self) -> Summary {
-        Summary {
-            median: self.median_ns,
-            q1: self.q1_ns,
-            q3: self.q3_ns,
-            mad: self.mad_ns,
-            min: self.min_ns,
-            max: self.max_ns,
-        }
-    }
-
     /// The median time of one of the neighbour's accesses, in nanoseconds.
     pub(crate) fn ns_per_access(&self) -> Option<f64> {
         self.labels

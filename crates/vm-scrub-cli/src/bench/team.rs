@@ -28,11 +28,6 @@ impl Team {
         Ok(Self { pool, threads })
     }
 
-    /// How many threads there are.
-    pub(crate) fn threads(&self) -> usize {
-        self.threads
-    }
-
     /// Cuts `memory` into one part for each thread, at multiples of `unit` bytes, and has each work on its part.
     pub(crate) fn each<E: Send>(
         &self,
