@@ -36,8 +36,9 @@ fn of_row(row: &Row) -> Option<Glance> {
                 Some(Verify::None) => "not verified",
                 _ => "every byte verified",
             };
-            let what =
-                format!("turnaround, {page_size}, {read_back}, against munmap + mmap + populate");
+            let what = format!(
+                "as fast as munmap + mmap + populate: turnaround, {page_size}, {read_back}"
+            );
             (what, units::ratio(compared.ratio))
         }
         (Benchmark::Loops, _)
@@ -54,17 +55,17 @@ fn of_row(row: &Row) -> Option<Glance> {
         ),
         (Benchmark::Sparse, "scrub-raw") if labels.touched_percent.is_none() => (
             format!(
-                "scrub_raw, time of MADV_DONTNEED and touching again, {}",
+                "time of scrub_raw, against MADV_DONTNEED and touching again: {}",
                 row.group
             ),
-            units::percent(1.0 / compared.ratio),
+            units::ratio(1.0 / compared.ratio),
         ),
         (Benchmark::Sparse, "large-lease") => (
             format!(
-                "{page_size}, {}: time of a lease with as much, all touched",
+                "time of {}, against a lease that is touched all over",
                 row.group
             ),
-            units::percent(1.0 / compared.ratio),
+            units::ratio(1.0 / compared.ratio),
         ),
         (Benchmark::Neighbour, name) if labels.calibrated == Some(true) => (
             format!("speed that a neighbour keeps {name}, {}", row.group),

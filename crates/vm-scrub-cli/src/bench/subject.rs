@@ -1,6 +1,7 @@
 //! What is measured, and what is measured together.
 
 use super::row::Labels;
+use super::warning::Warning;
 use std::any::Any;
 
 /// Something whose time is taken.
@@ -24,6 +25,11 @@ pub(crate) trait Subject {
 
     /// Adds to the labels what was observed besides the time, when all runs are over.
     fn observe(&self, _labels: &mut Labels) {}
+
+    /// What else stands against the figures, when all runs are over.
+    fn doubts(&mut self) -> Vec<Warning> {
+        Vec::new()
+    }
 }
 
 /// A subject among others.

@@ -11,6 +11,8 @@ pub(crate) enum Warning {
     Noise { spread: f64 },
     /// Some runs took a time that does not fit the others.
     Outliers { outliers: usize, runs: usize },
+    /// Only this part of the memory consists of huge pages, although it was meant to.
+    SmallPages { huge: f64 },
     /// A run is so short that the clock and the start of threads are a good part of it.
     TooShort { nanos: f64 },
     /// The first runs were slower than the rest, or warm-up had not ended: how much slower.
@@ -29,6 +31,7 @@ impl Warning {
         match self {
             Warning::Noise { .. } => "noise",
             Warning::Outliers { .. } => "outliers",
+            Warning::SmallPages { .. } => "small-pages",
             Warning::TooShort { .. } => "too-short",
             Warning::ColdMemory { .. } => "cold-memory",
             Warning::OtherLoad { .. } => "other-load",
@@ -42,6 +45,7 @@ impl Warning {
         match self {
             Warning::Noise { spread } => *spread,
             Warning::Outliers { outliers, runs } => *outliers as f64 / (*runs).max(1) as f64,
+            Warning::SmallPages { huge } => -huge,
             Warning::TooShort { nanos } => -nanos,
             Warning::ColdMemory { slower } => *slower,
             Warning::OtherLoad { processors } | Warning::Stolen { processors } => *processors,
@@ -57,6 +61,9 @@ impl Warning {
             }
             Warning::Outliers { .. } => {
                 "something interrupted these runs; take more --runs if the quartiles are far apart, too"
+            }
+            Warning::SmallPages { .. } => {
+                "for a memfd write `advise` to /sys/kernel/mm/transparent_hugepage/shmem_enabled; otherwise memory is fragmented"
             }
             Warning::TooShort { .. } => {
                 "use more --memory, or read this figure as an upper bound on the time"
@@ -87,6 +94,13 @@ impl fmt::Display for Warning {
                 write!(
                     f,
                     "outliers: {outliers} of {runs} times do not fit the others"
+                )
+            }
+            Warning::SmallPages { huge } => {
+                write!(
+                    f,
+                    "small pages: {:.0} % of the memory is in huge pages",
+                    huge * 100.0
                 )
             }
             Warning::TooShort { nanos } => {

@@ -118,12 +118,27 @@ impl Recycled {
     }
 }
 
-impl Subject for Recycled {
-    fn prepare(&mut self) -> anyhow::Result<()> {
+impl Recycled {
+    fn stop(&mut self) -> anyhow::Result<()> {
         if let Some((lease, mut memslots)) = self.running.take() {
             let receipt = lease.teardown(memslots.remove()?)?;
             ensure!(receipt.is_proven(), "a teardown was not proven");
         }
+        Ok(())
+    }
+}
+
+impl Drop for Recycled {
+    fn drop(&mut self) {
+        if let Err(error) = self.stop() {
+            log::warn!("the last teardown failed: {error:#}");
+        }
+    }
+}
+
+impl Subject for Recycled {
+    fn prepare(&mut self) -> anyhow::Result<()> {
+        self.stop()?;
         let regions: Vec<_> = self
             .layout
             .iter()

@@ -4,6 +4,7 @@ use crate::bench::memory;
 use crate::bench::row::Labels;
 use crate::bench::subject::Subject;
 use crate::bench::team::Team;
+use crate::bench::warning::Warning;
 use anyhow::{Context, ensure};
 use std::rc::Rc;
 use vm_memory::GuestAddress;
@@ -100,6 +101,18 @@ impl Subject for Turnaround {
             memory::ensure_zero(region)?;
         }
         Ok(())
+    }
+
+    fn doubts(&mut self) -> Vec<Warning> {
+        let page_size = self.pool.page_size();
+        let Some(lease) = &mut self.lease else {
+            return Vec::new();
+        };
+        // SAFETY: as in `prepare`.
+        let regions = unsafe { memory::of_lease(lease) }.into_iter();
+        regions
+            .filter_map(|region| memory::small_pages(region, page_size))
+            .collect()
     }
 }
 

@@ -196,14 +196,13 @@ fn pass(
         // SAFETY: an exclusively borrowed slice.
         unsafe { zero.zero(memory.as_mut_ptr(), memory.len()) };
     }
-    match verify {
-        // SAFETY: as above, and initialised.
-        Some(verify)
-            if unsafe { verify.first_nonzero(memory.as_ptr(), memory.len()) }.is_some() =>
-        {
-            Err(WrongAnswer)
-        }
-        _ => Ok(()),
+    let Some(verify) = verify else {
+        return Ok(());
+    };
+    // SAFETY: as above, and initialised.
+    match unsafe { verify.first_nonzero(memory.as_ptr(), memory.len()) } {
+        None => Ok(()),
+        Some(_) => Err(WrongAnswer),
     }
 }
 

@@ -51,7 +51,13 @@ enum Pace {
 pub(super) fn plans(settings: &Rc<Settings>) -> Vec<Plan> {
     let mut plans = Vec::new();
     let caches = cpus::caches();
-    for page_size in settings.page_sizes_or(&[PageSize::Transparent]) {
+    let mut page_sizes = settings.page_sizes_or(&[PageSize::Transparent]);
+    // Hugetlb pages make no difference to transparent huge ones here, and are not worth reserving.
+    if page_sizes.contains(&PageSize::Huge2M) {
+        page_sizes.retain(|size| *size == PageSize::Base4K);
+        page_sizes.push(PageSize::Transparent);
+    }
+    for page_size in page_sizes {
         for (cache, bytes) in [
             ("L2", caches.l2),
             ("share of the last-level cache", caches.last_share),
@@ -71,11 +77,6 @@ fn build(settings: &Settings, page_size: PageSize, bytes: u64) -> anyhow::Result
         return Ok(Built::Skipped(
             "this process may use one processor only; give it two (`taskset`)".into(),
         ));
-    };
-    // Hugetlb pages make no difference to transparent huge ones here, and are not worth reserving.
-    let page_size = match page_size {
-        PageSize::Huge2M => PageSize::Transparent,
-        small => small,
     };
     let scrubbed = SCRUBBED.min(settings.memory);
     let keep = memory::reserve(page_size, bytes + scrubbed)?;

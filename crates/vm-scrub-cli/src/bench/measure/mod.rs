@@ -154,12 +154,17 @@ pub(crate) fn measure(
     let load = meter.stop();
 
     let wanted = effort.runs.map_or(RUNS.0, |runs| runs as usize);
-    for turn in &turns {
+    let doubts: Vec<_> = turns
+        .iter_mut()
+        .map(|turn| turn.contender.subject.doubts())
+        .collect();
+    for (turn, doubts) in turns.iter().zip(doubts) {
         let Some(mut row) = turn.sample.row(benchmark, title, &turn.contender.labels) else {
             continue;
         };
         turn.contender.subject.observe(&mut row.labels);
         row.warnings = warnings(&turn.sample, wanted, load);
+        row.warnings.extend(doubts);
         row.warm = !turn.sample.is_cold();
         row.comparison = turn.contender.baseline.as_ref().and_then(|baseline| {
             let other = turns

@@ -135,6 +135,11 @@ impl Mapping {
         fallocate(file, mode, 0, len).context("punching a hole")
     }
 
+    /// The pages it was asked to consist of.
+    pub(crate) fn page_size(&self) -> PageSize {
+        self.page_size
+    }
+
     /// The memory.
     pub(crate) fn bytes(&mut self) -> &mut [u8] {
         let len = if self.mapped { self.len.get() } else { 0 };

@@ -5,10 +5,12 @@
 
 mod advise;
 mod evidence;
+mod huge;
 mod map;
 
 pub(crate) use advise::{discard, populate};
 pub(crate) use evidence::{ensure_resident, ensure_zero};
+pub(crate) use huge::small_pages;
 pub(crate) use map::Mapping;
 
 use super::settings::ensure_available;

@@ -3,6 +3,7 @@
 use crate::bench::memory::{self, HUGE, Mapping};
 use crate::bench::subject::Subject;
 use crate::bench::team::Team;
+use crate::bench::warning::Warning;
 use std::cell::RefCell;
 use std::convert::Infallible;
 use std::rc::Rc;
@@ -60,5 +61,13 @@ impl Subject for Fill {
         let mut mapping = self.mapping.borrow_mut();
         memory::ensure_resident(mapping.bytes())?;
         memory::ensure_zero(mapping.bytes())
+    }
+
+    fn doubts(&mut self) -> Vec<Warning> {
+        let mut mapping = self.mapping.borrow_mut();
+        let page_size = mapping.page_size();
+        memory::small_pages(mapping.bytes(), page_size)
+            .into_iter()
+            .collect()
     }
 }

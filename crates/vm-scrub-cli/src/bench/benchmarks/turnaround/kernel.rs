@@ -3,6 +3,7 @@
 use crate::bench::memory::{self, HUGE, Mapping};
 use crate::bench::subject::Subject;
 use crate::bench::team::Team;
+use crate::bench::warning::Warning;
 use std::rc::Rc;
 
 /// Replaces the pages of a mapping by populated ones that are zero.
@@ -58,5 +59,12 @@ impl Subject for Kernel {
     fn check(&mut self) -> anyhow::Result<()> {
         memory::ensure_resident(self.mapping.bytes())?;
         memory::ensure_zero(self.mapping.bytes())
+    }
+
+    fn doubts(&mut self) -> Vec<Warning> {
+        let page_size = self.mapping.page_size();
+        memory::small_pages(self.mapping.bytes(), page_size)
+            .into_iter()
+            .collect()
     }
 }

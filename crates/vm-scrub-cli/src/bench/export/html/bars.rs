@@ -7,7 +7,7 @@ use maud::{Markup, html};
 /// Widths in the plot's own units, about a pixel each.
 const WIDTH: f64 = 720.0;
 const LABELS: f64 = 176.0;
-const COLUMN: f64 = 86.0;
+const COLUMN: f64 = 84.0;
 const GAP: f64 = 12.0;
 const ROW: f64 = 27.0;
 const BAR: f64 = 15.0;
@@ -34,6 +34,8 @@ pub(super) struct Bar {
 pub(super) struct BarPlot {
     pub(super) title: String,
     pub(super) headings: Vec<String>,
+    /// What the figures need to be understood; may be empty.
+    pub(super) note: String,
     pub(super) bars: Vec<Bar>,
 }
 
@@ -61,6 +63,7 @@ impl BarPlot {
                         text.tick.middle x=(x) y=(place(floor + 15.0)) { (text) }
                     }
                     text.tick.middle x=(place(f64::midpoint(LABELS + GAP, right))) y=(place(floor + 32.0)) { (unit_name) ", less is better" }
+                    text.tick.end x=(place(WIDTH)) y=(place(floor + 32.0)) { (self.note) }
                     @for (column, heading) in self.headings.iter().enumerate() {
                         text.tick.end x=(place(right + GAP + COLUMN * (column + 1) as f64)) y=(place(TOP - 10.0)) { (heading) }
                     }

@@ -115,7 +115,8 @@ impl LinePlot {
             free = places[line] + NAME;
         }
         // What was pushed below the floor goes up again, and pushes.
-        let mut ceiling = floor;
+        // Above the numbers at the axis.
+        let mut ceiling = floor - 6.0;
         for &line in order.iter().rev() {
             places[line] = places[line].min(ceiling);
             ceiling = places[line] - NAME;

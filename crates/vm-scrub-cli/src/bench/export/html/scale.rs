@@ -106,7 +106,11 @@ mod tests {
         };
         assert_eq!(texts(100.0), ["0", "20", "40", "60", "80", "100"]);
         assert_eq!(texts(0.9), ["0", "0.2", "0.4", "0.6", "0.8", "1"]);
-        assert_eq!(texts(0.0).last().map(String::as_str), Some("1"), "not empty");
+        assert_eq!(
+            texts(0.0).last().map(String::as_str),
+            Some("1"),
+            "not empty"
+        );
         let powers = Scale::logarithmic(50.0, 2e6, 0.0, 1.0).ticks(1000.0);
         let texts: Vec<_> = powers.into_iter().map(|(_, text)| text).collect();
         assert_eq!(texts, ["0.1", "1", "10", "100", "1000"]);

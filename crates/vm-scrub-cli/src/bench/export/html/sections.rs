@@ -4,6 +4,7 @@ use super::bars::{Bar, BarPlot};
 use super::lines::{Line, LinePlot, Point};
 use crate::bench::args::Benchmark;
 use crate::bench::row::{Op, Row, gib_per_s};
+use crate::bench::table::baseline;
 use crate::bench::units;
 use maud::{Markup, html};
 use vm_scrub::Verify;
@@ -118,6 +119,11 @@ fn bar_plot(title: &str, rows: &[Row]) -> BarPlot {
     BarPlot {
         title: title.to_owned(),
         headings,
+        note: if compared {
+            format!("speed: {}", baseline(rows))
+        } else {
+            String::new()
+        },
         bars: rows.iter().map(bar).collect(),
     }
 }
@@ -126,6 +132,7 @@ fn label(row: &Row) -> String {
     let name = &row.labels.name;
     match (row.benchmark, row.labels.verify) {
         (Benchmark::Turnaround, Some(Verify::Full)) => format!("{name}, verified"),
+        (Benchmark::Turnaround, _) if is_own(row) => format!("{name}, not verified"),
         _ => name.clone(),
     }
 }
