@@ -14,8 +14,8 @@ use crate::bench::team::Team;
 use anyhow::ensure;
 use std::cell::RefCell;
 use std::rc::Rc;
-use vm_scrub::PageSize;
 use vm_scrub::arch::{VerifyLoop, ZeroLoop};
+use vm_scrub::{Operation, PageSize};
 
 /// Sizes in bytes: within the first-level cache, the second, the third, and beyond.
 const SIZES: [u64; 7] = [
@@ -132,8 +132,12 @@ fn contender(
         .map(ZeroLoop::name)
         .or(verify.map(VerifyLoop::name))
         .unwrap_or_default();
+    let operation = match op {
+        Op::Fused => Operation::ZeroAndVerify,
+        Op::Zero | Op::Verify | Op::Separate => Operation::Zero,
+    };
     let calibrated = match zero {
-        Some(zero) => zero == calibrated::zero_loop(case.bytes),
+        Some(zero) => zero == calibrated::zero_loop(operation, case.bytes),
         None => verify == Some(calibrated::verify_loop(case.bytes)),
     };
     let name = match op {

@@ -22,8 +22,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
-use vm_scrub::PageSize;
 use vm_scrub::arch::ZeroLoop;
+use vm_scrub::{Operation, PageSize};
 
 /// What the other core zeroes, in bytes: larger than most caches.
 const SCRUBBED: u64 = 256 << 20;
@@ -84,7 +84,8 @@ fn build(settings: &Settings, page_size: PageSize, bytes: u64) -> anyhow::Result
     let labels = |name: String, zero_loop: Option<ZeroLoop>| Labels {
         name,
         by_loop: zero_loop.map(|each| each.name().into()),
-        calibrated: zero_loop.map(|each| each == calibrated::zero_loop(PIECE as u64)),
+        calibrated: zero_loop
+            .map(|each| each == calibrated::zero_loop(Operation::Zero, PIECE as u64)),
         page_size: Some(page_size),
         threads: 1,
         bytes,
