@@ -6,6 +6,7 @@ use std::time::Duration;
 use vm_memory::{Bytes, GuestAddress};
 use vm_scrub::lease::Cancelled;
 use vm_scrub::pool::Clock;
+use vm_scrub::test_support::{Call, inject};
 use vm_scrub::{Lease, Pool, PoolBuilder, Priority, Quiesced, ScrubRate, TeardownError};
 
 const BLOCK: u64 = vm_scrub::BLOCK_SIZE;
@@ -186,6 +187,32 @@ fn cancelling_hands_the_memory_back_dirty() {
         4 * BLOCK,
         "dirty memory that is dropped is quarantined"
     );
+}
+
+/// The kernel did not answer about one block when the lease was retired; the others are the guest's like before.
+#[test]
+fn cancelling_after_a_block_was_lost_leaves_the_rest_dirty() {
+    let (pool, _clock) = crawling(4);
+    let (lease, quiesced) = dirty_lease(&pool, 4);
+    let fault = inject(Call::PagemapScan, 0, 2, libc::ENOMEM);
+    let ticket = lease.retire(quiesced).unwrap();
+    assert_eq!(
+        fault.hits(),
+        2,
+        "the question about all of it, and about one block"
+    );
+    drop(fault);
+    let Cancelled::Dirty(memory) = ticket.cancel() else {
+        panic!("it cannot have been finished");
+    };
+    let receipt = memory.scrub_and_verify().recycle().unwrap();
+    assert_eq!(receipt.bytes_quarantined, BLOCK);
+    assert_eq!(
+        (receipt.bytes_scrubbed, receipt.bytes_verified),
+        (3 * BLOCK, 3 * BLOCK)
+    );
+    assert_eq!(pool.accounts().clean, 3 * BLOCK);
+    assert_free_memory_is_zero(&pool);
 }
 
 #[test]

@@ -53,6 +53,19 @@ pub(super) fn outside(
     found
 }
 
+/// How many bytes the kernel must have been asked about: all but those in blocks that were lost before or for want of an
+/// answer.
+pub(super) fn asked_about(segments: &[Segment], lost: &Lost) -> u64 {
+    let unanswered = |block| {
+        lost.get(&block)
+            .is_some_and(|(reason, _)| *reason != QuarantineReason::NotZero)
+    };
+    parts(segments)
+        .filter(|(_, part)| !unanswered(part.start as u64 / BLOCK_SIZE))
+        .map(|(_, part)| part.len() as u64)
+        .sum()
+}
+
 /// Each segment's share of each block it lies in, as arena offsets.
 pub(super) fn parts(segments: &[Segment]) -> impl Iterator<Item = (&Segment, Range<usize>)> {
     segments.iter().flat_map(|segment| {

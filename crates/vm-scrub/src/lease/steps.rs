@@ -1,13 +1,13 @@
 //! A teardown on its way: what the typed steps of [`teardown`](super::teardown) carry along.
 
-use super::account::{Lost, outside, parts, quarantined_ranges, totals};
+use super::account::{Lost, asked_about, outside, parts, quarantined_ranges, totals};
 use super::receipt::{Outcome, QuarantineReason, ScrubReceipt, StepTimes};
 use super::{Lease, Quiesced, Refused, Segment, TeardownError};
 use crate::BLOCK_SIZE;
 use crate::backing::Revoked;
 use crate::pool::blocks::{Blocks, Dirty, Scrubbed, State, Verified};
 use crate::pool::{LeaseId, Shared};
-use crate::scrub::{Job, Verdict, Verify, Work, Zeroed, beyond, fresh_seed};
+use crate::scrub::{Job, Residency, Verdict, Verify, Work, Zeroed, beyond, fresh_seed};
 use std::ops::Range;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
@@ -23,6 +23,8 @@ pub(super) struct Steps<S: State> {
     leased_blocks: u64,
     /// Ranges of the arena that can hold data, ascending and disjoint. Empty before the residency is known.
     populated: Vec<Range<usize>>,
+    /// Bytes about which the kernel has said whether they are populated.
+    answered: u64,
     lost: Lost,
     /// Decides which lines a sample consists of.
     seed: u64,
@@ -105,6 +107,7 @@ pub(super) fn take_away_unasked(
         segments,
         leased_blocks,
         populated: Vec::new(),
+        answered: 0,
         lost,
         seed: fresh_seed(),
         failed_bytes: 0,
@@ -155,6 +158,7 @@ impl<S: State> Steps<S> {
             segments: self.segments,
             leased_blocks: self.leased_blocks,
             populated: self.populated,
+            answered: self.answered,
             lost: self.lost,
             seed: self.seed,
             failed_bytes: self.failed_bytes,
@@ -210,21 +214,29 @@ impl Steps<Dirty> {
     pub(super) fn find_populated(&mut self) {
         let begun = Instant::now();
         let mut populated = Vec::new();
+        let mut answered = 0;
+        let mut answer = |residency: Residency| {
+            let held: usize = residency.populated.iter().map(Range::len).sum();
+            answered += held as u64 + residency.never_populated;
+            populated.extend(residency.populated);
+        };
         for segment in &self.segments {
-            // A segment is revoked as a whole or not at all.
-            if segment.blocks().any(|block| self.lost.contains_key(&block)) {
-                continue;
-            }
+            // A retired lease that is cancelled comes here twice. What was lost the first time stays lost, and the rest of its
+            // segment holds the guest's bytes like any other.
+            let whole = !segment.blocks().any(|block| self.lost.contains_key(&block));
             let all = segment.offset..segment.offset + segment.len;
-            if let Ok(residency) = self.pool.backing.residency(all) {
-                populated.extend(residency.populated);
+            if whole && let Ok(residency) = self.pool.backing.residency(all) {
+                answer(residency);
                 continue;
             }
             // Once more, block by block: one page that the kernel cannot supply must not cost the whole guest's memory.
             for (_, part) in parts(std::slice::from_ref(segment)) {
                 let block = part.start as u64 / BLOCK_SIZE;
+                if self.lost.contains_key(&block) {
+                    continue;
+                }
                 match self.pool.backing.residency(part) {
-                    Ok(residency) => populated.extend(residency.populated),
+                    Ok(residency) => answer(residency),
                     Err(error) => {
                         log::error!("block {block} quarantined, residency unknown: {error}");
                         let why = (QuarantineReason::ResidencyUnknown, error.to_string());
@@ -234,6 +246,7 @@ impl Steps<Dirty> {
                 }
             }
         }
+        self.answered = answered;
         populated.sort_by_key(|range| range.start);
         self.populated = populated;
         self.receipt.steps.residency_ns = nanos(begun.elapsed());
@@ -327,6 +340,8 @@ impl Steps<Verified> {
                 found,
             })
         };
+        let asked = asked_about(&self.segments, &self.lost);
+        check("what the kernel was asked about", asked, self.answered)?;
         let populated: u64 = self.populated.iter().map(|range| range.len() as u64).sum();
         check("what was scrubbed", populated, receipt.bytes_scrubbed)?;
 
