@@ -8,7 +8,7 @@ use super::pass::HostPtr;
 use super::plan::push_joined;
 use crate::sys::pagemap::Pagemap;
 use crate::sys::procmap::{self, Maps};
-use crate::sys::{self, Call, fault, map};
+use crate::sys::{self, Call, fault, fork, map};
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -20,8 +20,8 @@ static NO_PAGEMAP_SCAN: AtomicBool = AtomicBool::new(false);
 static NO_PROCMAP_QUERY: AtomicBool = AtomicBool::new(false);
 
 /// A file of the kernel's about this process, kept open: opening it would cost more than many a scrub. It goes on speaking of
-/// the process that opened it, so a forked child opens its own.
-type KeptOpen<T> = Mutex<Option<(u32, Arc<T>)>>;
+/// the address space of the process that opened it, so a forked child opens its own.
+type KeptOpen<T> = Mutex<Option<(u64, Arc<T>)>>;
 
 static PAGEMAP: KeptOpen<Pagemap> = Mutex::new(None);
 static MAPS: KeptOpen<Maps> = Mutex::new(None);
@@ -35,13 +35,15 @@ fn of_this_process<T>(
     if fault::is_planned(call) {
         return open().map(Arc::new);
     }
-    let process = std::process::id();
+    let Some(here) = fork::address_space() else {
+        return open().map(Arc::new);
+    };
     let mut file = file.lock().unwrap_or_else(PoisonError::into_inner);
     match &*file {
-        Some((owner, open)) if *owner == process => Ok(Arc::clone(open)),
+        Some((owner, open)) if *owner == here => Ok(Arc::clone(open)),
         _ => {
             let opened = Arc::new(open()?);
-            *file = Some((process, Arc::clone(&opened)));
+            *file = Some((here, Arc::clone(&opened)));
             Ok(opened)
         }
     }

@@ -1,0 +1,85 @@
+//! A forked child has an address space of its own, and what the parent has found out about its own does not hold there.
+
+use vm_scrub::{Policy, scrub_raw};
+
+const LEN: usize = 1 << 20;
+
+/// Forks. With `new_names` the child has a PID namespace of its own, in which its number is 1. `None` where that is not
+/// allowed.
+fn fork(new_names: bool) -> Option<i64> {
+    let flags = if new_names { libc::CLONE_NEWPID } else { 0 };
+    // SAFETY: like fork(2); the children below call nothing that needs another thread.
+    let child = unsafe { libc::syscall(libc::SYS_clone, flags | libc::SIGCHLD, 0, 0, 0, 0) };
+    (child >= 0).then_some(child)
+}
+
+/// The exit status of `child`.
+fn status(child: i64) -> i32 {
+    let mut status = 0;
+    // SAFETY: `status` is live and writable.
+    let waited = unsafe { libc::waitpid(child as libc::pid_t, &raw mut status, 0) };
+    assert_eq!(i64::from(waited), child);
+    libc::WEXITSTATUS(status)
+}
+
+fn exit(good: bool) -> ! {
+    // SAFETY: ends a forked child, without running what the parent has registered for its own end.
+    unsafe { libc::_exit(i32::from(!good)) }
+}
+
+/// Whether every byte is zero after scrubbing.
+fn scrubs(memory: *mut u8) -> bool {
+    // SAFETY: the memory is mapped and this process's own.
+    unsafe {
+        let done = scrub_raw(memory, LEN, &Policy::new());
+        done.is_ok() && (0..LEN).all(|at| memory.add(at).read_volatile() == 0)
+    }
+}
+
+/// In the first child nothing is populated. What the second one writes must not be looked for there.
+fn a_child_of_a_child_scrubs_its_own_memory(new_names: bool) {
+    // SAFETY: a mapping at a place of the kernel's choice.
+    let memory = unsafe {
+        libc::mmap(
+            std::ptr::null_mut(),
+            LEN,
+            libc::PROT_READ | libc::PROT_WRITE,
+            libc::MAP_PRIVATE | libc::MAP_ANONYMOUS,
+            -1,
+            0,
+        )
+    };
+    assert_ne!(memory, libc::MAP_FAILED);
+    let memory: *mut u8 = memory.cast();
+    let Some(first) = fork(new_names) else {
+        return eprintln!(
+            "SKIPPED: no PID namespaces here: {}",
+            std::io::Error::last_os_error()
+        );
+    };
+    if first == 0 {
+        if !scrubs(memory) {
+            exit(false);
+        }
+        match fork(new_names) {
+            Some(0) => {
+                // SAFETY: mapped and this process's own.
+                unsafe { memory.write_bytes(0x5e, LEN) };
+                exit(scrubs(memory));
+            }
+            Some(second) => exit(status(second) == 0),
+            None => exit(false),
+        }
+    }
+    assert_eq!(status(first), 0, "a forked child did not scrub its memory");
+}
+
+#[test]
+fn in_the_same_namespace() {
+    a_child_of_a_child_scrubs_its_own_memory(false);
+}
+
+#[test]
+fn in_namespaces_of_their_own() {
+    a_child_of_a_child_scrubs_its_own_memory(true);
+}
