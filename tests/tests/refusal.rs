@@ -14,6 +14,7 @@ on_every_page_size!(
     clones_are_counted_one_by_one: 4,
     what_is_taken_out_of_a_collection_counts: 4,
     regions_with_a_bitmap_count: 4,
+    a_mapping_cannot_be_taken_out_of_what_counts_it: 4,
     a_statement_about_another_lease: 4,
 );
 
@@ -141,6 +142,25 @@ fn regions_with_a_bitmap_count(page_size: PageSize) {
     let (lease, quiesced) = refused(lease, quiesced, 1);
     drop(mapping);
     ends_well(&pool, lease, quiesced);
+}
+
+/// Somebody who has the only reference to a mapping, and so could have had the mapping itself.
+fn a_mapping_cannot_be_taken_out_of_what_counts_it(page_size: PageSize) {
+    let pool = pool(page_size, 4);
+    let lease = lease(&pool);
+    let quiesced = quiesce(&lease);
+    let region = lease.regions(|_| ()).remove(0);
+    let mapping = region.get_mmap();
+    let forgotten = Arc::downgrade(&mapping);
+    drop(region);
+    let mapping = Arc::try_unwrap(mapping).expect_err("the lease owns it too");
+    let (lease, quiesced) = refused(lease, quiesced, 1);
+    drop(mapping);
+    ends_well(&pool, lease, quiesced);
+    assert!(
+        forgotten.upgrade().is_none(),
+        "a weak reference leads nowhere after the teardown"
+    );
 }
 
 fn a_statement_about_another_lease(page_size: PageSize) {

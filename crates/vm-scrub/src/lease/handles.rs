@@ -1,48 +1,67 @@
 //! Who still has a lease's memory in hand.
 //!
-//! Handles are vm-memory regions given out by the lease. The lease keeps weak references only, so that what it counts is
-//! what others hold. A count that has reached zero stays there: nobody can make a new handle out of an old one, and the
-//! lease makes no new ones once teardown owns it.
+//! Handles are vm-memory regions given out by the lease. The lease owns each of the mappings in them too, so that nobody can
+//! take one out of its `Arc`, where it could no longer be counted. Asking who holds the memory gives up what nobody else has,
+//! in one step, so that a mapping that has been found to be gone cannot come back.
 
-use std::any::Any;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use vm_memory::bitmap::Bitmap;
 use vm_memory::{GuestRegionMmap, MmapRegion};
 
-type Counted = Weak<dyn Any + Send + Sync>;
+/// A mapping of a region that was given out.
+trait Mapping: Send + Sync {
+    /// How many others own it.
+    fn others(&self) -> usize;
+
+    /// Gives it up for good if nobody else owns it, else hands it back.
+    fn give_up(self: Box<Self>) -> Result<GivenUp, Box<dyn Mapping>>;
+}
+
+/// A mapping that nobody owns any more, with a bitmap of the embedder's in it.
+type GivenUp = Box<dyn Send + Sync>;
+
+impl<B: Bitmap + Send + Sync + 'static> Mapping for Arc<MmapRegion<B>> {
+    fn others(&self) -> usize {
+        Arc::strong_count(self) - 1
+    }
+
+    fn give_up(self: Box<Self>) -> Result<GivenUp, Box<dyn Mapping>> {
+        // Also makes weak references worthless, in the same step.
+        match Arc::try_unwrap(*self) {
+            Ok(mapping) => Ok(Box::new(mapping)),
+            Err(shared) => Err(Box::new(shared)),
+        }
+    }
+}
 
 /// One region that was given out.
-#[derive(Debug)]
 pub(super) struct Handle {
-    /// The mapping inside the region: also held by whoever called `GuestRegionMmap::get_mmap`.
-    mapping: Counted,
+    /// The mapping inside the region: also owned by whoever called `GuestRegionMmap::get_mmap`.
+    mapping: Box<dyn Mapping>,
     /// The region itself, where it went out in a collection: clones of the collection share it.
-    region: Option<Counted>,
+    region: Option<Weak<GuestRegionMmap>>,
 }
 
 impl Handle {
     /// Counts a region that its receiver owns.
     pub(super) fn of_owned<B: Bitmap + Send + Sync + 'static>(region: &GuestRegionMmap<B>) -> Self {
-        let mapping: Arc<MmapRegion<B>> = region.get_mmap();
-        let counted = Arc::downgrade(&mapping);
         Self {
-            mapping: counted,
+            mapping: Box::new(region.get_mmap()),
             region: None,
         }
     }
 
     /// Counts a region that is shared by a collection and its clones.
     pub(super) fn of_shared(region: &Arc<GuestRegionMmap>) -> Self {
-        let counted = Arc::downgrade(region);
         Self {
-            region: Some(counted),
+            region: Some(Arc::downgrade(region)),
             ..Self::of_owned(region)
         }
     }
 
     fn holders(&self) -> usize {
-        let mappings = self.mapping.strong_count();
+        let mappings = self.mapping.others();
         match self.region.as_ref().map_or(0, Weak::strong_count) {
             0 => mappings,
             // One of the mapping's holders is the region itself.
@@ -52,7 +71,7 @@ impl Handle {
 }
 
 /// Every handle that a lease has given out, in the sets in which they were given out.
-#[derive(Debug, Default)]
+#[derive(Default)]
 pub(super) struct Handles {
     given_out: Mutex<Vec<Vec<Handle>>>,
     exposed: AtomicBool,
@@ -63,9 +82,24 @@ fn owners(set: &[Handle]) -> usize {
     set.iter().map(Handle::holders).max().unwrap_or(0)
 }
 
+/// Gives up every mapping that nobody else owns, and forgets sets of which none is left.
+fn give_up(sets: &mut Vec<Vec<Handle>>) -> Vec<GivenUp> {
+    let mut given_up = Vec::new();
+    for set in sets.iter_mut() {
+        for Handle { mapping, region } in std::mem::take(set) {
+            match mapping.give_up() {
+                Ok(gone) => given_up.push(gone),
+                Err(mapping) => set.push(Handle { mapping, region }),
+            }
+        }
+    }
+    sets.retain(|set| !set.is_empty());
+    given_up
+}
+
 impl Handles {
     fn lock(&self) -> MutexGuard<'_, Vec<Vec<Handle>>> {
-        // A vector of weak references cannot be half changed.
+        // No code of the embedder's runs under the lock: bitmaps are dropped outside.
         self.given_out
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
@@ -74,9 +108,12 @@ impl Handles {
     /// Counts the owners of a set of regions from now on.
     pub(super) fn give_out(&self, set: impl Iterator<Item = Handle>) {
         self.expose();
+        let set = set.collect();
         let mut sets = self.lock();
-        sets.retain(|set| owners(set) > 0);
-        sets.push(set.collect());
+        let given_up = give_up(&mut sets);
+        sets.push(set);
+        drop(sets);
+        drop(given_up);
     }
 
     /// Remembers that somebody has got the memory's address.
@@ -89,8 +126,23 @@ impl Handles {
         self.exposed.load(Ordering::SeqCst)
     }
 
-    /// How many owners the memory has outside the lease.
+    /// How many owners the memory has outside the lease. When there are none there are never going to be any, unless the lease
+    /// gives something out again.
     pub(super) fn holders(&self) -> usize {
-        self.lock().iter().map(|set| owners(set)).sum()
+        let mut sets = self.lock();
+        let given_up = give_up(&mut sets);
+        // An owner that has just gone between the two is still one: none means that every mapping was given up.
+        let holders = sets.iter().map(|set| owners(set).max(1)).sum();
+        drop(sets);
+        drop(given_up);
+        holders
+    }
+}
+
+impl std::fmt::Debug for Handles {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Handles")
+            .field("exposed", &self.exposed())
+            .finish_non_exhaustive()
     }
 }
