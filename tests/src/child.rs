@@ -1,5 +1,7 @@
-//! Tests that need a process to themselves: limits and the address space belong to all threads of one.
+//! Tests that need a process to themselves: limits and the address space belong to all threads of one, and what a test leaves
+//! mapped on purpose stays until its process ends.
 
+use crate::HugePages;
 use std::process::{Command, ExitStatus, Stdio};
 
 /// Set in the child, to the name of the test that it is to run.
@@ -17,6 +19,19 @@ pub fn alone(test: &str, body: impl FnOnce()) {
     assert!(status.success(), "{test} in a child: {status}\n{output}");
     // A name that matches no test is a success too, for the child.
     assert!(output.contains("1 passed"), "{test} did not run:\n{output}");
+}
+
+/// Runs `body` in a process of its own, for which `pages` hugetlb pages are free, or says that it is skipped.
+///
+/// This process keeps the reservation until that one is gone with all that it had. Were pages given back while a window that
+/// could not be closed still has some, the kernel would make up for those with pages that the next test counts on.
+pub fn with_huge_pages(test: &str, pages: u64, body: impl FnOnce()) {
+    if std::env::var(RUN).as_deref() == Ok(test) {
+        return body();
+    }
+    if let Some(_reserved) = HugePages::reserve(pages) {
+        alone(test, body);
+    }
 }
 
 fn run(test: &str) -> (ExitStatus, String) {

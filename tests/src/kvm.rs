@@ -15,7 +15,7 @@ use vm_scrub::lease::Refusal;
 use vm_scrub::{Lease, PageSize, Quiesced, ScrubReceipt, TeardownError};
 use vm_scrub_vmm::{Guest, Machine, Touch, kvm_usable};
 
-use crate::{HugePages, assert_adds_up};
+use crate::assert_adds_up;
 
 /// How long one run of a guest may take: enough for a loaded host, and an end for one that hangs.
 pub const LIMIT: Duration = Duration::from_secs(20);
@@ -27,21 +27,10 @@ const TEST_LIMIT: Duration = Duration::from_secs(150);
 pub const ABOVE_HOLE: u64 = 4 << 30;
 
 /// Runs a test of KVM guests in memory of these pages, or says that it is skipped and why.
-///
-/// `huge_pages` is how many hugetlb pages of 2 MiB it needs at most, if those are the pages.
-pub fn run(page_size: PageSize, huge_pages: u64, test: impl FnOnce(PageSize)) {
+pub fn run(page_size: PageSize, test: impl FnOnce(PageSize)) {
     if let Err(error) = kvm_usable() {
         return skipped(&error);
     }
-    // Dropped after the test and all that it had.
-    let _huge_pages = match page_size {
-        PageSize::Huge2M => match HugePages::reserve(huge_pages) {
-            Some(pages) => Some(pages),
-            // It has said so.
-            None => return,
-        },
-        _ => None,
-    };
     let _watchdog = watchdog(TEST_LIMIT);
     test(page_size);
 }
@@ -77,17 +66,20 @@ macro_rules! kvm_on_every_page_size {
         mod $name {
             #[test]
             fn base_4k() {
-                $crate::kvm::run(vm_scrub::PageSize::Base4K, 0, super::$name);
+                $crate::kvm::run(vm_scrub::PageSize::Base4K, super::$name);
             }
 
             #[test]
             fn transparent() {
-                $crate::kvm::run(vm_scrub::PageSize::Transparent, 0, super::$name);
+                $crate::kvm::run(vm_scrub::PageSize::Transparent, super::$name);
             }
 
             #[test]
             fn huge_2m() {
-                $crate::kvm::run(vm_scrub::PageSize::Huge2M, $huge_pages, super::$name);
+                let test = concat!(stringify!($name), "::huge_2m");
+                $crate::child::with_huge_pages(test, $huge_pages, || {
+                    $crate::kvm::run(vm_scrub::PageSize::Huge2M, super::$name);
+                });
             }
         }
     )+};

@@ -20,7 +20,7 @@ pub use pools::{
 /// Makes three tests out of a function that takes a [`PageSize`](vm_scrub::PageSize): one for each size.
 ///
 /// The number is how many hugetlb pages of 2 MiB the function needs at most; where the host has none to give, that one
-/// test says so and does nothing.
+/// test says so and does nothing. It runs in a process of its own: see [`child::with_huge_pages`].
 #[macro_export]
 macro_rules! on_every_page_size {
     ($($name:ident: $huge_pages:expr),+ $(,)?) => {$(
@@ -37,9 +37,10 @@ macro_rules! on_every_page_size {
 
             #[test]
             fn huge_2m() {
-                if let Some(_reserved) = $crate::HugePages::reserve($huge_pages) {
+                let test = concat!(stringify!($name), "::huge_2m");
+                $crate::child::with_huge_pages(test, $huge_pages, || {
                     super::$name(vm_scrub::PageSize::Huge2M);
-                }
+                });
             }
         }
     )+};

@@ -4,8 +4,8 @@
 
 use vm_scrub::lease::LeaseError;
 use vm_scrub::{BLOCK_SIZE, PageSize, Pool, PoolError, SysCall};
-use vm_scrub_tests::child::alone;
-use vm_scrub_tests::{HugePages, assert_nothing_dirty_left, fill, pool, pools, regions, teardown};
+use vm_scrub_tests::child::{alone, with_huge_pages};
+use vm_scrub_tests::{assert_nothing_dirty_left, fill, pool, pools, regions, teardown};
 
 /// Bytes of address space that this process has reserved.
 fn reserved() -> u64 {
@@ -74,10 +74,8 @@ fn windows_beyond_the_budget_are_given_back_4k() {
 
 #[test]
 fn windows_beyond_the_budget_are_given_back_2m() {
-    alone("windows_beyond_the_budget_are_given_back_2m", || {
-        if let Some(_reserved) = HugePages::reserve(4) {
-            windows_beyond_the_budget_are_given_back(PageSize::Huge2M);
-        }
+    with_huge_pages("windows_beyond_the_budget_are_given_back_2m", 4, || {
+        windows_beyond_the_budget_are_given_back(PageSize::Huge2M);
     });
 }
 

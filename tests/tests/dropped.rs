@@ -14,6 +14,8 @@ use vm_scrub_tests::{
 on_every_page_size!(
     dropped_with_a_handle_alive: 8,
     dropped_after_the_address_got_out: 8,
+    dropped_after_somebody_asked_for_the_address: 8,
+    dropped_after_a_handle_came_and_went: 8,
     dropped_before_anybody_saw_it: 8,
     dropped_half_way: 8,
     a_panic_at_every_stage: 8,
@@ -73,6 +75,36 @@ fn dropped_after_the_address_got_out(page_size: PageSize) {
     assert_quarantined(&pool);
     // Whoever kept the address gets a fault and not somebody's memory.
     assert!(!is_readable(start.addr()) && !is_writable(start.addr(), 1));
+}
+
+/// The address alone is enough: no handle ever existed of which the lease could count the owners.
+fn dropped_after_somebody_asked_for_the_address(page_size: PageSize) {
+    let pool = pool(page_size, 8);
+    listen();
+    let lease = unseen_guest(&pool);
+    let (_, start) = lease.host_addresses()[0];
+    assert!(is_writable(start.addr(), 0x66));
+    drop(lease);
+    assert_quarantined(&pool);
+    assert!(!is_readable(start.addr()));
+}
+
+/// A handle that is gone again was a handle: what its owner did with the address is not known.
+fn dropped_after_a_handle_came_and_went(page_size: PageSize) {
+    let pool = pool(page_size, 8);
+    for tracked in [false, true] {
+        listen();
+        let lease = pool.lease(&regions(&[(0, BLOCK_SIZE)])).unwrap();
+        if tracked {
+            drop(lease.regions(|_| ()));
+        } else {
+            drop(lease.memory());
+        }
+        let before = pool.accounts().quarantined;
+        drop(lease);
+        assert_eq!(pool.accounts().quarantined, before + BLOCK_SIZE);
+    }
+    assert_nothing_dirty_left(&pool);
 }
 
 fn dropped_before_anybody_saw_it(page_size: PageSize) {

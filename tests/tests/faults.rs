@@ -8,10 +8,10 @@ use std::collections::HashSet;
 use vm_scrub::lease::LeaseError;
 use vm_scrub::test_support::{Call, FaultGuard, inject};
 use vm_scrub::{BLOCK_SIZE, Lease, PageSize, Pool, PoolError};
-use vm_scrub_tests::child::alone;
+use vm_scrub_tests::child::{alone, with_huge_pages};
 use vm_scrub_tests::{
-    HugePages, assert_adds_up, assert_all_zero, assert_nothing_dirty_left, first_nonzero, pools,
-    quiesce, regions, smear, teardown,
+    assert_adds_up, assert_all_zero, assert_nothing_dirty_left, first_nonzero, pools, quiesce,
+    regions, smear, teardown,
 };
 
 /// `EINVAL` comes last: as the answer to `PAGEMAP_SCAN` it means that the kernel has no such thing, for ever.
@@ -270,11 +270,7 @@ macro_rules! walks {
 
         #[test]
         fn $huge() {
-            alone(stringify!($huge), || {
-                if let Some(_reserved) = HugePages::reserve(BLOCKS) {
-                    $walk(PageSize::Huge2M);
-                }
-            });
+            with_huge_pages(stringify!($huge), BLOCKS, || $walk(PageSize::Huge2M));
         }
     )+};
 }

@@ -3,9 +3,10 @@
 use vm_scrub::lease::{LeaseError, QuarantineReason};
 use vm_scrub::test_support::{Call, inject};
 use vm_scrub::{BLOCK_SIZE, PageSize, Pool};
+use vm_scrub_tests::child::with_huge_pages;
 use vm_scrub_tests::{
-    HugePages, assert_all_zero, assert_nothing_dirty_left, fill, on_small_page_sizes, pools,
-    quiesce, regions, smear, teardown,
+    assert_all_zero, assert_nothing_dirty_left, fill, on_small_page_sizes, pools, quiesce, regions,
+    smear, teardown,
 };
 
 on_small_page_sizes!(a_range_that_moves_in_pieces_moves_as_a_whole_or_not);
@@ -116,22 +117,22 @@ fn what_cannot_be_taken_back_from_a_lease_that_failed_is_quarantined() {
 /// A view that was mapped and can be neither populated nor closed still shows its blocks to whoever finds it.
 #[test]
 fn a_view_that_cannot_be_closed_keeps_its_blocks_from_others() {
-    let Some(_reserved) = HugePages::reserve(4) else {
-        return;
-    };
-    let pool = pools::builder(PageSize::Huge2M, 4)
-        .threads(1)
-        .populate(true)
-        .build()
-        .unwrap();
-    let populate = inject(Call::Populate, 0, 1, libc::ENOMEM);
-    // The window and the view are mapped; closing it is the third.
-    let closing = inject(Call::Mmap, 2, 1, libc::ENOMEM);
-    let error = pool.lease(&regions(&[(0, 2 * BLOCK_SIZE)])).unwrap_err();
-    assert_eq!(populate.hits(), 2);
-    drop(closing);
-    drop(populate);
-    assert!(error.to_string().contains(Call::Populate.name()), "{error}");
-    assert_eq!(pool.accounts().quarantined, 2 * BLOCK_SIZE);
-    assert_nothing_dirty_left(&pool);
+    let test = "a_view_that_cannot_be_closed_keeps_its_blocks_from_others";
+    with_huge_pages(test, 4, || {
+        let pool = pools::builder(PageSize::Huge2M, 4)
+            .threads(1)
+            .populate(true)
+            .build()
+            .unwrap();
+        let populate = inject(Call::Populate, 0, 1, libc::ENOMEM);
+        // The window and the view are mapped; closing it is the third.
+        let closing = inject(Call::Mmap, 2, 1, libc::ENOMEM);
+        let error = pool.lease(&regions(&[(0, 2 * BLOCK_SIZE)])).unwrap_err();
+        assert_eq!(populate.hits(), 2);
+        drop(closing);
+        drop(populate);
+        assert!(error.to_string().contains(Call::Populate.name()), "{error}");
+        assert_eq!(pool.accounts().quarantined, 2 * BLOCK_SIZE);
+        assert_nothing_dirty_left(&pool);
+    });
 }

@@ -24,7 +24,7 @@ fn assert_nothing_is_registered(machine: &Machine, lease: Lease) {
 
 #[test]
 fn a_memslot_that_cannot_be_added_leaves_none() {
-    run(PageSize::Transparent, 0, |page_size| {
+    run(PageSize::Transparent, |page_size| {
         let pool = pool(page_size, 6);
         let layout = regions(&[
             (0, BLOCK_SIZE),
@@ -77,7 +77,7 @@ fn a_memslot_that_cannot_be_added_leaves_none() {
 
 #[test]
 fn slots_and_addresses_that_kvm_does_not_take() {
-    run(PageSize::Base4K, 0, |page_size| {
+    run(PageSize::Base4K, |page_size| {
         let pool = pool(page_size, 6);
         let machine = Machine::new(1).unwrap();
         let register = |lease: &Lease, first| {
@@ -138,7 +138,7 @@ fn slots_and_addresses_that_kvm_does_not_take() {
 /// KVM takes a memslot that it has already, without an error. Whose would it be to delete?
 #[test]
 fn a_lease_is_registered_once_in_the_slots_of_a_machine() {
-    run(PageSize::Transparent, 0, |page_size| {
+    run(PageSize::Transparent, |page_size| {
         let pool = pool(page_size, 4);
         let Vm {
             machine,
@@ -188,7 +188,7 @@ fn lease_at(pool: &Pool, address: u64) -> Lease {
 
 #[test]
 fn a_memslot_that_is_not_deleted_can_be_deleted_later() {
-    run(PageSize::Transparent, 0, |page_size| {
+    run(PageSize::Transparent, |page_size| {
         for skip in 0..2 {
             let pool = pool(page_size, 4);
             let Vm {
@@ -223,7 +223,7 @@ fn a_memslot_that_is_not_deleted_can_be_deleted_later() {
 
 #[test]
 fn memslots_that_are_dropped_and_not_deleted_keep_the_memory() {
-    run(PageSize::Transparent, 0, |page_size| {
+    run(PageSize::Transparent, |page_size| {
         let pool = pool(page_size, 6);
         let Vm {
             machine,

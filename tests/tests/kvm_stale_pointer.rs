@@ -10,7 +10,7 @@ use std::{env, io, thread};
 
 use vm_scrub::{BLOCK_SIZE, PageSize};
 use vm_scrub_tests::kvm::{ABOVE_HOLE, Vm, run, secret};
-use vm_scrub_tests::{pool, regions};
+use vm_scrub_tests::{HugePages, pool, regions};
 
 mod a_forgotten_pointer_ends_the_process_and_reaches_no_guest {
     use vm_scrub::PageSize;
@@ -41,7 +41,12 @@ fn in_both_processes(page_size: PageSize) {
     match env::var(ACCESS) {
         // With its parent's huge pages: nobody would give back those of a process that is killed.
         Ok(access) => be_the_child(page_size, &access),
-        Err(_) => run(page_size, 4, be_the_parent),
+        Err(_) if page_size == PageSize::Huge2M => {
+            if let Some(_reserved) = HugePages::reserve(4) {
+                run(page_size, be_the_parent);
+            }
+        }
+        Err(_) => run(page_size, be_the_parent),
     }
 }
 
