@@ -17,4 +17,5 @@ done
 step cargo test --locked -p vm-scrub --no-default-features
 export RUSTDOCFLAGS="-D warnings"
 step cargo doc --locked --workspace --no-deps
+step cargo doc --locked -p vm-scrub --no-deps --no-default-features
 printf '\nall checks passed\n'

@@ -14,13 +14,13 @@ impl HugePages {
     /// Sees to it that `pages` pages are free for the caller, or says loudly that the test is skipped.
     #[must_use = "the pages are given back when this is dropped"]
     pub fn reserve(pages: u64) -> Option<Self> {
-        Self::reserve_under(lock(libc::LOCK_SH), pages)
+        Self::reserve_under(lock(libc::LOCK_SH)?, pages)
     }
 
     /// The same for a test that takes every free page: no other test has any meanwhile.
     #[must_use = "the pages are given back when this is dropped"]
     pub fn reserve_alone(pages: u64) -> Option<Self> {
-        Self::reserve_under(lock(libc::LOCK_EX), pages)
+        Self::reserve_under(lock(libc::LOCK_EX)?, pages)
     }
 
     fn reserve_under(lock: File, pages: u64) -> Option<Self> {
@@ -37,19 +37,21 @@ impl HugePages {
     }
 }
 
-/// Each caller opens the file anew, so this keeps threads apart as well as processes.
-fn lock(kind: libc::c_int) -> File {
+/// Each caller opens the file anew, so this keeps threads apart as well as processes. `None`, and a word about it, where the
+/// file is another user's.
+fn lock(kind: libc::c_int) -> Option<File> {
     let path = std::env::temp_dir().join("vm-scrub-tests.hugetlb.lock");
     let file = OpenOptions::new()
         .create(true)
         .truncate(false)
         .write(true)
         .open(&path)
-        .unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+        .inspect_err(|error| crate::kvm::skipped(&format!("{}: {error}", path.display())))
+        .ok()?;
     // SAFETY: flock on a descriptor that is open.
     let status = unsafe { libc::flock(file.as_raw_fd(), kind) };
     assert_eq!(status, 0, "{}", std::io::Error::last_os_error());
-    file
+    Some(file)
 }
 
 /// How many pages nobody has taken or reserved at this moment.

@@ -82,7 +82,8 @@ pub enum RegisterError {
     /// KVM refused a memslot.
     #[error(
         "KVM refused memslot {slot} with {bytes:#x} bytes at guest address {guest_address:#x} ({source}): EEXIST means that \
-         another slot has these guest addresses, EINVAL that the slot is in use with another size or number is too high"
+         another slot has these guest addresses, EINVAL that the slot is in use with another size or its number is too high; \
+         `register_with` and `MemslotOptions::first_slot` choose other slots"
     )]
     Refused {
         /// The slot's number.
@@ -92,7 +93,7 @@ pub enum RegisterError {
         /// Its length in bytes.
         bytes: u64,
         /// What KVM answered.
-        source: io::Error,
+        r#source: io::Error,
     },
 }
 
@@ -108,7 +109,7 @@ pub struct RemoveError {
     /// The slot that KVM did not delete.
     pub slot: u32,
     /// What KVM answered.
-    pub source: io::Error,
+    pub r#source: io::Error,
 }
 
 impl<V: Deref<Target = VmFd>> Memslots<V> {

@@ -170,8 +170,15 @@ fn run_guests(
         if number == 1 && args.sabotage == Sabotage::LateWrite {
             // SAFETY: the pool keeps the windows of guests that are gone reserved and inaccessible (1 TiB of them), and the
             // device is stopped before the pool is dropped.
-            stray = Some(unsafe { guest.start_stray_device() }?);
-            narrator.stray_device_started();
+            let device = unsafe { guest.start_stray_device() }?;
+            // A device that reaches nothing now proves nothing later.
+            let landed = device.round(limit)?.landed;
+            anyhow::ensure!(
+                landed > 0,
+                "the device could not write to the memory of {name}"
+            );
+            stray = Some(device);
+            narrator.stray_device_started(landed);
         }
 
         narrator.step(&name, "is torn down");

@@ -1,5 +1,6 @@
 //! Tells a person what happens, step by step; with `--json`, says nothing until the end.
 
+use super::guest::GuestKind;
 use super::report::Report;
 use super::secrets;
 use crate::args::DemoArgs;
@@ -113,6 +114,9 @@ impl Narrator {
             bytes(report.memory_bytes),
             report.page_size
         ));
+        if report.guest == GuestKind::Threads {
+            self.say("There is no KVM here: guests are threads of this process, and 'its own code' is theirs.");
+        }
     }
 
     pub(crate) fn step(&self, guest: &str, doing: &str) {
@@ -157,10 +161,10 @@ impl Narrator {
         ));
     }
 
-    pub(crate) fn stray_device_started(&self) {
-        self.say(
-            "A device takes pointers into that memory, and will go on writing whatever happens.",
-        );
+    pub(crate) fn stray_device_started(&self, landed: u64) {
+        self.say(format_args!(
+            "A device takes pointers into that memory: {landed} writes landed, and it will go on whatever happens."
+        ));
     }
 
     pub(crate) fn stray_device(&self, after: &Deliveries) {
@@ -281,8 +285,19 @@ fn conclusion(report: &Report) -> String {
             bytes(report.accounts.quarantined)
         )
     } else {
+        let late = report.late_writes.map_or_else(String::new, |late| {
+            format!(
+                " Of the device's writes {} landed before the teardown was over and {} afterwards; {} were refused.",
+                late.landed_before_revocation, late.landed_after_revocation, late.refused
+            )
+        });
+        let threads = match report.guest {
+            GuestKind::Kvm => "",
+            GuestKind::Threads => " (guests were threads)",
+        };
         format!(
-            "PROVEN: guest-1 left {secrets} of secrets behind; {last} got the same memory and found none of them."
+            "PROVEN{threads}: guest-1 left {secrets} of secrets behind; {last} got the same memory and found none of \
+             them.{late}"
         )
     }
 }

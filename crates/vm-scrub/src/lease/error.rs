@@ -76,7 +76,7 @@ pub enum LeaseError {
         /// The region's length in bytes.
         bytes: u64,
         /// The call that failed.
-        source: SysError,
+        r#source: SysError,
     },
 }
 
@@ -124,6 +124,9 @@ pub struct Refused {
 }
 
 /// Why a teardown did not go through.
+///
+/// A refused teardown hands the lease back in the error. Whoever passes the error on (`?`) and drops it drops the lease:
+/// match on [`TeardownError::Refused`] where the teardown is to be tried again.
 #[derive(Debug)]
 #[non_exhaustive]
 pub enum TeardownError {
@@ -146,6 +149,13 @@ pub enum TeardownError {
         /// What came out, in bytes.
         found: u64,
     },
+}
+
+impl Refused {
+    /// What it takes to try again, once the [`reason`](Refused::reason) is removed.
+    pub fn into_parts(self) -> (Lease, Quiesced) {
+        (self.lease, self.quiesced)
+    }
 }
 
 impl TeardownError {
@@ -186,11 +196,5 @@ impl fmt::Display for TeardownError {
     }
 }
 
-impl std::error::Error for TeardownError {
-    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
-        match self {
-            TeardownError::Refused(refused) => Some(&refused.reason),
-            TeardownError::Panicked { .. } | TeardownError::Unaccounted { .. } => None,
-        }
-    }
-}
+// The message contains the reason, so it is not given as a source too.
+impl std::error::Error for TeardownError {}

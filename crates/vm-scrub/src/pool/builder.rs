@@ -82,13 +82,13 @@ pub enum PoolError {
         /// The pool's capacity, in bytes.
         capacity: u64,
         /// The call that failed.
-        source: sys::Error,
+        r#source: sys::Error,
     },
     /// Transparent huge pages were asked for and the kernel has none.
     #[error("this kernel has no transparent huge pages ({source}): use 4 KiB or hugetlb pages")]
     NoTransparentHugePages {
         /// The call that failed.
-        source: sys::Error,
+        r#source: sys::Error,
     },
     /// The memory could not be populated.
     #[error(
@@ -99,11 +99,11 @@ pub enum PoolError {
         /// The pool's capacity, in bytes.
         capacity: u64,
         /// The call that failed.
-        source: sys::Error,
+        r#source: sys::Error,
     },
     /// The environment variable `VM_SCRUB_LOOP` names no zeroing loop that runs here.
     #[error("VM_SCRUB_LOOP: {0}")]
-    UnknownLoop(#[source] UnknownLoop),
+    UnknownLoop(UnknownLoop),
     /// The scrubbing threads could not be started.
     #[error(
         "{threads} scrubbing threads could not be started ({source}): ask for fewer or raise the limit on threads (`ulimit -u`)"
@@ -112,7 +112,7 @@ pub enum PoolError {
         /// The number that was asked for.
         threads: usize,
         /// What the operating system said.
-        source: StartError,
+        r#source: StartError,
     },
 }
 

@@ -81,14 +81,8 @@ impl fmt::Display for ScrubError {
     }
 }
 
-impl std::error::Error for ScrubError {
-    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
-        match self {
-            ScrubError::UnknownLoop(error) => Some(error),
-            ScrubError::InvalidRange { .. } | ScrubError::NotZero { .. } => None,
-        }
-    }
-}
+// The message contains the cause, so it is not given as a source too.
+impl std::error::Error for ScrubError {}
 
 /// Sets every byte of `memory` to zero and reads it back as `policy` says, on the calling thread.
 ///

@@ -41,8 +41,8 @@ fn named(policy: &Policy) -> Result<Option<ZeroLoop>, UnknownLoop> {
         return Ok(policy.zero_loop);
     }
     match std::env::var(LOOP_VARIABLE) {
-        Ok(name) => ZeroLoop::by_name(&name).map(Some),
-        Err(_) => Ok(None),
+        Ok(name) if !name.is_empty() => ZeroLoop::by_name(&name).map(Some),
+        _ => Ok(None),
     }
 }
 

@@ -15,7 +15,7 @@ pub enum Verify {
     /// out and loops that are broken everywhere; a single byte that was left behind is caught with that probability only.
     /// The receipt records the seed that decides which lines, and does not call the memory proven.
     Sampled {
-        /// How many of 1,000 lines: 0 to 1000.
+        /// How many of 1,000 lines: 0 to 1000; more is the same as 1000.
         per_mille: u16,
     },
     /// Every byte is read back, through the same caches through which the next guest will read it. Catches zeroing that
