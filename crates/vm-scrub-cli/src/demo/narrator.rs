@@ -293,11 +293,11 @@ fn conclusion(report: &Report) -> String {
         });
         let threads = match report.guest {
             GuestKind::Kvm => "",
-            GuestKind::Threads => " (guests were threads)",
+            GuestKind::Threads => " (The guests were threads.)",
         };
         format!(
-            "PROVEN{threads}: guest-1 left {secrets} of secrets behind; {last} got the same memory and found none of \
-             them.{late}"
+            "PROVEN: guest-1 left {secrets} of secrets behind; {last} got the same memory and found none of \
+             them.{late}{threads}"
         )
     }
 }
