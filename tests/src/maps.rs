@@ -3,6 +3,14 @@
 use std::fs;
 use std::ops::Range;
 
+/// Whether the kernel has `PAGEMAP_SCAN` (Linux 6.7), which tells the shared zero page from others.
+pub fn has_pagemap_scan() -> bool {
+    let release = fs::read_to_string("/proc/sys/kernel/osrelease").expect("Linux says its release");
+    let mut numbers = release.split(|c: char| !c.is_ascii_digit());
+    let mut number = || numbers.next()?.parse::<u32>().ok();
+    (number(), number()) >= (Some(6), Some(7))
+}
+
 /// One mapping, from `/proc/self/smaps`.
 #[derive(Debug, Clone)]
 pub struct Mapping {

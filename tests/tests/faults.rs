@@ -9,6 +9,7 @@ use vm_scrub::lease::LeaseError;
 use vm_scrub::test_support::{Call, FaultGuard, inject};
 use vm_scrub::{BLOCK_SIZE, Lease, PageSize, Pool, PoolError};
 use vm_scrub_tests::child::{alone, with_huge_pages};
+use vm_scrub_tests::maps::has_pagemap_scan;
 use vm_scrub_tests::{
     assert_adds_up, assert_all_zero, assert_nothing_dirty_left, first_nonzero, pools, quiesce,
     regions, smear, teardown,
@@ -71,7 +72,9 @@ fn walk(expected: &[Call], mut run: impl FnMut(&dyn Fn() -> FaultGuard, Call, i3
             }
         }
     }
-    assert_eq!(met, HashSet::from_iter(expected.iter().copied()));
+    let expected = expected.iter().copied();
+    let expected = expected.filter(|call| *call != Call::PagemapScan || has_pagemap_scan());
+    assert_eq!(met, expected.collect());
 }
 
 fn built(page_size: PageSize, populate: bool) -> Result<Pool, PoolError> {

@@ -8,7 +8,7 @@ use vm_scrub::lease::QuarantineReason;
 use vm_scrub::test_support::{Call, inject};
 use vm_scrub::{BLOCK_SIZE, Lease, PageSize, Pool};
 use vm_scrub_tests::child::alone;
-use vm_scrub_tests::maps::populated_bytes;
+use vm_scrub_tests::maps::{has_pagemap_scan, populated_bytes};
 use vm_scrub_tests::{
     HugePages, PAGE, assert_all_zero, assert_nothing_dirty_left, fill, huge_pages,
     on_every_page_size, pool, pools, regions, teardown,
@@ -74,10 +74,7 @@ fn exactly_the_pages_that_were_written_are_scrubbed() {
 /// Reading maps the kernel's zero page, which holds nothing of anybody's.
 #[test]
 fn pages_that_were_only_read_count_as_never_populated() {
-    let release = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap();
-    let mut numbers = release.split(|c: char| !c.is_ascii_digit());
-    let mut number = || numbers.next()?.parse::<u32>().ok();
-    if (number(), number()) < (Some(6), Some(7)) {
+    if !has_pagemap_scan() {
         eprintln!("SKIPPED: without PAGEMAP_SCAN (Linux 6.7) the zero page counts as populated");
         return;
     }
