@@ -32,7 +32,6 @@ mkdir -p "$dir"
     fact /sys/devices/system/cpu/cpu0/cpufreq/scaling_governor
     fact /sys/devices/system/cpu/smt/active
     fact /proc/sys/kernel/numa_balancing
-    fact /proc/cmdline
     fact /proc/loadavg
 } >"$dir/setup.txt"
 

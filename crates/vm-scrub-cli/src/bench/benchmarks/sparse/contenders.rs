@@ -46,7 +46,7 @@ impl Leased {
 
 impl Subject for Leased {
     fn prepare(&mut self) -> anyhow::Result<()> {
-        self.with_memory(Touched::dirty)
+        Ok(self.with_memory(Touched::dirty)??)
     }
 
     fn run(&mut self, _: u64) -> anyhow::Result<()> {
@@ -91,8 +91,7 @@ pub(super) const FILL: (&str, Verify, Clean) = ("fill", Verify::None, |_, memory
 pub(super) const DONTNEED_TOUCH: (&str, Verify, Clean) =
     ("dontneed-touch", Verify::None, |touched, memory| {
         memory::discard(memory)?;
-        touched.touch(memory);
-        Ok(())
+        Ok(touched.touch(memory)?)
     });
 
 /// An embedder's own mapping, which contenders that take turns share.
@@ -115,10 +114,10 @@ impl Mapped {
 impl Subject for Mapped {
     fn prepare(&mut self) -> anyhow::Result<()> {
         let mut mapping = self.mapping.borrow_mut();
-        // Whatever the last contender has populated must not be there.
-        memory::discard(mapping.bytes())?;
-        self.touched.dirty(mapping.bytes());
-        Ok(())
+        // Whatever the last contender has populated must not be there. Mapped anew rather than discarded: that also promises
+        // hugetlb pages for all of it, without which writing to one that cannot be had would be a signal.
+        mapping.map_again()?;
+        Ok(self.touched.dirty(mapping.bytes())?)
     }
 
     fn run(&mut self, _: u64) -> anyhow::Result<()> {

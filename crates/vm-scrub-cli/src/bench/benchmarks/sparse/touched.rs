@@ -15,6 +15,7 @@ pub(crate) struct Touched {
     pub(crate) ranges: Vec<Range<usize>>,
     /// The page that one touch makes the kernel supply, in bytes.
     unit: usize,
+    is_hugetlb: bool,
 }
 
 impl Touched {
@@ -35,7 +36,11 @@ impl Touched {
                 _ => ranges.push(start..end),
             }
         }
-        Self { ranges, unit }
+        Self {
+            ranges,
+            unit,
+            is_hugetlb: page_size == PageSize::Huge2M,
+        }
     }
 
     /// How much that is.
@@ -43,19 +48,36 @@ impl Touched {
         self.ranges.iter().map(|range| range.len() as u64).sum()
     }
 
-    /// Overwrites every byte of these pages with something else than zero.
-    pub(crate) fn dirty(&self, memory: &mut [u8]) {
-        self.each(memory, |range| range.fill(memory::DIRT));
+    /// Has the kernel supply these pages, and overwrites every byte of them with something else than zero.
+    ///
+    /// # Errors
+    ///
+    /// If the kernel has no memory for them.
+    pub(crate) fn dirty(&self, memory: &mut [u8]) -> nix::Result<()> {
+        self.each(memory, |range| {
+            memory::populate(range)?;
+            range.fill(memory::DIRT);
+            Ok(())
+        })
     }
 
-    /// Writes one byte to each page, a zero.
-    pub(crate) fn touch(&self, memory: &mut [u8]) {
+    /// Writes one byte to each page, a zero; hugetlb pages are asked for, because after `MADV_DONTNEED` nothing is promised, and
+    /// writing to one that cannot be had would be a signal.
+    ///
+    /// # Errors
+    ///
+    /// If the kernel has no memory for them, where it says so.
+    pub(crate) fn touch(&self, memory: &mut [u8]) -> nix::Result<()> {
         self.each(memory, |range| {
+            if self.is_hugetlb {
+                return memory::populate(range);
+            }
             for page in range.chunks_mut(self.unit) {
                 // SAFETY: the first byte of a borrowed slice that is not empty. Volatile, because the touch is the point.
                 unsafe { page.as_mut_ptr().write_volatile(0) };
             }
-        });
+            Ok(())
+        })
     }
 
     /// # Errors
@@ -76,16 +98,21 @@ impl Touched {
             .try_for_each(|range| memory::ensure_resident(&memory[range.clone()]))
     }
 
-    fn each(&self, memory: &mut [u8], mut work: impl FnMut(&mut [u8])) {
-        for range in &self.ranges {
-            work(&mut memory[range.clone()]);
-        }
+    fn each(
+        &self,
+        memory: &mut [u8],
+        mut work: impl FnMut(&mut [u8]) -> nix::Result<()>,
+    ) -> nix::Result<()> {
+        self.ranges
+            .iter()
+            .try_for_each(|range| work(&mut memory[range.clone()]))
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::bench::memory::Mapping;
     use proptest::prelude::*;
 
     #[test]
@@ -114,14 +141,15 @@ mod tests {
         #[test]
         fn what_is_dirty_is_found_until_it_is_zero(pages in 1..50_usize, bytes in 0..200_000_usize) {
             let touched = Touched::new(pages * 4096, bytes, Pattern::Scattered, PageSize::Base4K);
-            let mut memory = vec![0; pages * 4096];
-            touched.dirty(&mut memory);
-            prop_assert!(touched.ensure_zero(&memory).is_err());
+            let mut mapping = Mapping::anonymous(pages * 4096, PageSize::Base4K).expect("mapped");
+            let memory = mapping.bytes();
+            touched.dirty(memory).expect("populated");
+            prop_assert!(touched.ensure_zero(memory).is_err());
             prop_assert_eq!(memory.iter().filter(|byte| **byte != 0).count() as u64, touched.bytes());
-            touched.touch(&mut memory);
-            prop_assert!(touched.ensure_zero(&memory).is_err(), "a touch is one byte");
+            touched.touch(memory).expect("touched");
+            prop_assert!(touched.ensure_zero(memory).is_err(), "a touch is one byte");
             memory.fill(0);
-            prop_assert!(touched.ensure_zero(&memory).is_ok());
+            prop_assert!(touched.ensure_zero(memory).is_ok());
         }
     }
 }
