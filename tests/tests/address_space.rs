@@ -121,6 +121,59 @@ fn a_pool_larger_than_the_limit_is_refused() {
     });
 }
 
+/// A limit on writable memory that leaves room for a lease of one block and not for one of eight.
+#[test]
+fn a_lease_beyond_the_limit_on_data_leaves_no_hole() {
+    alone("a_lease_beyond_the_limit_on_data_leaves_no_hole", || {
+        let pool = pools::builder(PageSize::Base4K, 32)
+            .threads(1)
+            .build()
+            .unwrap();
+        let first = pool.lease(&regions(&[(0, BLOCK_SIZE)])).unwrap();
+        let start = first.host_addresses()[0].1.addr() as u64;
+        // Windows follow each other with a block of guard space between them.
+        let next = start + 2 * BLOCK_SIZE..start + 10 * BLOCK_SIZE;
+        let status = std::fs::read_to_string("/proc/self/status").unwrap();
+        let data = status
+            .lines()
+            .find_map(|line| line.strip_prefix("VmData:")?.strip_suffix(" kB"))
+            .unwrap();
+        let data: u64 = data.trim().parse().unwrap();
+        let limit = |bytes| {
+            let limit = libc::rlimit {
+                rlim_cur: bytes,
+                rlim_max: libc::RLIM_INFINITY,
+            };
+            // SAFETY: `limit` is a live structure of the right type.
+            assert_eq!(unsafe { libc::setrlimit(libc::RLIMIT_DATA, &limit) }, 0);
+        };
+        limit((data << 10) + 4 * BLOCK_SIZE);
+        let error = pool.lease(&regions(&[(0, 8 * BLOCK_SIZE)])).unwrap_err();
+        let second = pool.lease(&regions(&[(0, BLOCK_SIZE)])).unwrap();
+        limit(libc::RLIM_INFINITY);
+        assert!(error.to_string().contains("ulimit -d"), "{error}");
+
+        let mut covered = 0;
+        for line in std::fs::read_to_string("/proc/self/maps").unwrap().lines() {
+            let (from, to) = line.split_once(' ').unwrap().0.split_once('-').unwrap();
+            let number = |text| u64::from_str_radix(text, 16).unwrap();
+            let (from, to) = (number(from).max(next.start), number(to).min(next.end));
+            covered += to.saturating_sub(from);
+        }
+        assert_eq!(
+            covered,
+            next.end - next.start,
+            "the window that failed is open to others"
+        );
+
+        fill(&first, 1);
+        fill(&second, 2);
+        assert!(teardown(first).is_proven());
+        assert!(teardown(second).is_proven());
+        assert_nothing_dirty_left(&pool);
+    });
+}
+
 #[test]
 fn a_lease_beyond_the_limit_is_refused_and_room_is_made_of_old_windows() {
     alone(

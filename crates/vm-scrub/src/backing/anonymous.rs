@@ -133,13 +133,29 @@ impl Backing for AnonymousArena {
 
     unsafe fn grant(&self, offset: usize, window: *mut u8, len: usize) -> Result<(), NotGranted> {
         let home = self.base.at(offset);
+        // The kernel unmaps the window before it finds that a limit on writable memory does not allow the move, and what another
+        // thread maps there meanwhile would be lost with the window. So the window becomes such memory first: that fails
+        // before anything has changed, and afterwards the move takes no more of it than there is.
+        let writable = map::data_is_limited();
+        if writable {
+            // SAFETY: the caller says that the window is closed and ours.
+            unsafe { map::map_anonymous(window, len) }.map_err(|error| NotGranted {
+                error,
+                stuck: false,
+            })?;
+        }
         // SAFETY: the caller says that the range is free and that the window is closed, so both are ours alone. The
         // arena's range stays mapped and empty, which keeps its address space from anybody else.
         let Err((moved, error)) = (unsafe { move_pieces(home, window, len) }) else {
             return Ok(());
         };
         // SAFETY: what was moved was granted at `window`, and nobody has seen it.
-        let stuck = moved > 0 && unsafe { self.revoke(offset, window, moved) }.is_err();
+        let mut stuck = moved > 0 && unsafe { self.revoke(offset, window, moved) }.is_err();
+        if writable {
+            // SAFETY: as above; what was moved is back, and the rest never had anything in it.
+            let rest = unsafe { map::make_inaccessible(window.wrapping_add(moved), len - moved) };
+            stuck |= rest.is_err();
+        }
         Err(NotGranted { error, stuck })
     }
 

@@ -70,7 +70,7 @@ pub enum LeaseError {
     /// The guest's window could not be mapped.
     #[error(
         "{bytes} bytes could not be mapped for the guest ({source}): the address space is exhausted or the process has too \
-         many mappings; raise `ulimit -v` or `vm.max_map_count`, or run fewer guests"
+         many mappings; raise `ulimit -v`, `ulimit -d` or `vm.max_map_count`, or run fewer guests"
     )]
     Map {
         /// The region's length in bytes.

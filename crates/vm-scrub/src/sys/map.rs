@@ -247,6 +247,17 @@ pub(crate) unsafe fn populate(address: *mut u8, len: usize) -> Result<()> {
     }
 }
 
+/// Whether this process has a limit on writable private memory (`RLIMIT_DATA`).
+pub(crate) fn data_is_limited() -> bool {
+    let mut limit = libc::rlimit {
+        rlim_cur: libc::RLIM_INFINITY,
+        rlim_max: libc::RLIM_INFINITY,
+    };
+    // SAFETY: the structure is live and writable for the call.
+    let status = unsafe { libc::getrlimit(libc::RLIMIT_DATA, &raw mut limit) };
+    status != 0 || limit.rlim_cur != libc::RLIM_INFINITY
+}
+
 /// The size in bytes of the host's smallest page.
 pub(crate) fn host_page_size() -> usize {
     // SAFETY: sysconf reads a constant.
