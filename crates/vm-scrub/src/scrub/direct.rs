@@ -9,6 +9,7 @@ use super::sample;
 use crate::arch::UnknownLoop;
 use crate::sys::map::{self, Advice};
 use std::fmt;
+use std::ops::Range;
 use std::time::{Duration, Instant};
 
 /// The shortest range, in bytes, about which the kernel is asked: below, zeroing it costs less than the question.
@@ -194,7 +195,6 @@ fn finish(job: &Job, elapsed: Duration) -> (super::job::Zeroed, super::job::Verd
 /// # Safety
 /// The range must be the caller's, and what it contains of no value.
 unsafe fn give_back(base: HostPtr, len: usize, residency: &Residency, retain: u64) -> u64 {
-    // Nothing was skipped: either all is populated, or it is memory whose pages have content when they are not there.
     let populated: u64 = residency
         .populated
         .iter()
@@ -211,7 +211,15 @@ unsafe fn give_back(base: HostPtr, len: usize, residency: &Residency, retain: u6
         }
     };
     let mut returned = 0;
-    for range in super::plan::beyond(&residency.populated, retain) {
+    // Pages are borders of addresses, and the offsets here are relative to an address of any alignment.
+    let ahead = base.0.addr() % map::host_page_size();
+    let populated: Vec<Range<usize>> = residency
+        .populated
+        .iter()
+        .map(|range| range.start + ahead..range.end + ahead)
+        .collect();
+    for range in super::plan::beyond(&populated, retain) {
+        let range = range.start - ahead..range.end - ahead;
         for part in super::plan::intersections(&range, &anonymous) {
             // SAFETY: a part of the caller's range, and private anonymous memory, which is zero when it is populated again.
             match unsafe { map::advise(base.at(part.start), part.len(), Advice::Discard) } {
