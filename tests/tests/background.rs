@@ -4,10 +4,10 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 use vm_memory::{Bytes, GuestAddress};
-use vm_scrub::lease::Cancelled;
+use vm_scrub::lease::{Cancelled, LeaseError};
 use vm_scrub::pool::Clock;
 use vm_scrub::test_support::{Call, inject};
-use vm_scrub::{Lease, Pool, PoolBuilder, Priority, Quiesced, ScrubRate, TeardownError};
+use vm_scrub::{Lease, Pool, PoolBuilder, Priority, Quiesced, ScrubRate, TeardownError, Ticket};
 
 const BLOCK: u64 = vm_scrub::BLOCK_SIZE;
 const PIECE: u64 = 256 << 10;
@@ -322,6 +322,111 @@ fn a_callback_that_panics_quarantines_and_harms_nobody_else() {
             .is_proven()
     );
     assert_free_memory_is_zero(&pool);
+}
+
+#[test]
+fn a_callback_that_panics_does_not_harm_who_waits_or_asks_for_memory() {
+    for threads in [1, 2] {
+        let pool = builder(2)
+            .threads(threads)
+            .scrub_rate(CRAWL)
+            .clock(StoppedClock::default())
+            .on_progress(|progress| assert!(progress.bytes_done <= 2 * PIECE, "on purpose"))
+            .build()
+            .unwrap();
+        let (lease, quiesced) = dirty_lease(&pool, 1);
+        let error = lease.retire(quiesced).unwrap().wait().unwrap_err();
+        assert!(matches!(error, TeardownError::Panicked { .. }), "{error}");
+        assert_eq!(pool.accounts().quarantined, BLOCK);
+
+        let (lease, quiesced) = dirty_lease(&pool, 1);
+        let ticket = lease.retire(quiesced).unwrap();
+        let error = pool.lease(&[(GuestAddress(0), BLOCK)]).unwrap_err();
+        assert!(matches!(error, LeaseError::NotEnough { .. }), "{error}");
+        assert!(ticket.is_finished());
+        assert_eq!(pool.accounts().quarantined, 2 * BLOCK);
+    }
+}
+
+/// The background thread has done the last piece and is still in the callback when another thread concludes.
+#[test]
+fn a_callback_that_panics_too_late_leaves_the_receipt() {
+    let (at_the_end, concluded) = (
+        Arc::new(AtomicBool::new(false)),
+        Arc::new(AtomicBool::new(false)),
+    );
+    let (says_so, waits_for) = (Arc::clone(&at_the_end), Arc::clone(&concluded));
+    let panicked = Arc::new(AtomicBool::new(false));
+    let tells = Arc::clone(&panicked);
+    let pool = builder(1)
+        .threads(1)
+        .on_progress(move |progress| {
+            let background = std::thread::current().name() == Some("vm-scrub-back");
+            if background && progress.bytes_done == progress.bytes_total {
+                says_so.store(true, Ordering::SeqCst);
+                while !waits_for.load(Ordering::SeqCst) {
+                    std::thread::yield_now();
+                }
+                let _tells = Told(Arc::clone(&tells));
+                panic!("on purpose");
+            }
+        })
+        .build()
+        .unwrap();
+    let (lease, quiesced) = dirty_lease(&pool, 1);
+    let ticket = lease.retire(quiesced).unwrap();
+    while !at_the_end.load(Ordering::SeqCst) {
+        std::thread::yield_now();
+    }
+    // Helps: there is nothing left to do but to conclude.
+    let next = pool.lease(&[(GuestAddress(0), BLOCK)]).unwrap();
+    concluded.store(true, Ordering::SeqCst);
+    while !panicked.load(Ordering::SeqCst) {
+        std::thread::yield_now();
+    }
+    std::thread::sleep(Duration::from_millis(50));
+    let receipt = ticket.wait().expect("the memory is with the next guest");
+    assert!(receipt.is_proven());
+    drop(next);
+    assert_eq!(pool.accounts().clean, BLOCK);
+}
+
+/// Tells when a panic passes it.
+struct Told(Arc<AtomicBool>);
+
+impl Drop for Told {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::SeqCst);
+    }
+}
+
+/// A VMM that waits for its tickets in a destructor, while another of its parts has panicked.
+#[test]
+fn who_waits_while_unwinding_gets_a_receipt() {
+    struct Waits(Option<Ticket>, Arc<AtomicBool>);
+    impl Drop for Waits {
+        fn drop(&mut self) {
+            let receipt = self.0.take().unwrap().wait();
+            self.1
+                .store(receipt.is_ok_and(|it| it.is_proven()), Ordering::SeqCst);
+        }
+    }
+    let pool = builder(1)
+        .threads(1)
+        .scrub_rate(CRAWL)
+        .clock(StoppedClock::default())
+        .build()
+        .unwrap();
+    let (lease, quiesced) = dirty_lease(&pool, 1);
+    let proven = Arc::new(AtomicBool::new(false));
+    let waits = Waits(Some(lease.retire(quiesced).unwrap()), Arc::clone(&proven));
+    let panicked = std::thread::spawn(move || {
+        let _waits = waits;
+        panic!("on purpose");
+    });
+    assert!(panicked.join().is_err());
+    assert!(proven.load(Ordering::SeqCst));
+    assert_eq!(pool.accounts().clean, BLOCK);
 }
 
 #[test]

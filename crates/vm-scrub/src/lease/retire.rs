@@ -55,14 +55,15 @@ struct Retired {
 /// A thread at work on a retired lease. Keeps the pool's memory mapped, and gives the lease up if the thread panics.
 struct Active<'a> {
     retired: &'a Retired,
+    /// Whether the thread was unwinding before: then it is not this work that has panicked.
+    unwinding: bool,
     _pool: Arc<Shared>,
 }
 
 impl Drop for Active<'_> {
     fn drop(&mut self) {
         let retired = self.retired;
-        if std::thread::panicking() {
-            retired.cancelled.store(true, Ordering::SeqCst);
+        if std::thread::panicking() && !self.unwinding {
             retired.give_up();
         }
         retired.active.fetch_sub(1, Ordering::SeqCst);
@@ -71,6 +72,20 @@ impl Drop for Active<'_> {
             drop(retired.state());
             retired.changed.notify_all();
         }
+    }
+}
+
+/// A thread that settles a retired lease. If it panics (in a logger of the embedder's), nobody waits for it for ever.
+struct Settling<'a>(&'a Retired);
+
+impl Drop for Settling<'_> {
+    fn drop(&mut self) {
+        let mut state = self.0.state();
+        if matches!(&*state, State::Settling) {
+            *state = State::GivenUp;
+        }
+        drop(state);
+        self.0.changed.notify_all();
     }
 }
 
@@ -200,11 +215,18 @@ impl Retired {
         }
     }
 
-    /// Quarantines the memory.
+    /// Quarantines the memory, unless somebody settles it or has settled it: then it was zeroed and read back, and the receipt
+    /// says what became of it.
     fn give_up(&self) {
-        let state = std::mem::replace(&mut *self.state(), State::GivenUp);
-        // Dropped outside the lock: this is what quarantines.
+        let mut state = self.state();
+        let State::Waiting(_) = &*state else {
+            return;
+        };
+        let steps = std::mem::replace(&mut *state, State::GivenUp);
+        self.cancelled.store(true, Ordering::SeqCst);
         drop(state);
+        // Outside the lock: this is what quarantines.
+        drop(steps);
         self.changed.notify_all();
     }
 
@@ -226,6 +248,7 @@ impl Retired {
         self.active.fetch_add(1, Ordering::SeqCst);
         Some(Active {
             retired: self,
+            unwinding: std::thread::panicking(),
             _pool: Arc::clone(&steps.pool),
         })
     }
@@ -253,7 +276,11 @@ impl Chore for Retired {
     }
 
     fn work_with(&self, workers: &Workers) {
-        workers.all(|| self.take_pieces(&mut |_| true));
+        // Who helps is not who made the callback: it has given the lease up, and that is all that it should do.
+        let work = || workers.all(|| self.take_pieces(&mut |_| true));
+        if std::panic::catch_unwind(std::panic::AssertUnwindSafe(work)).is_err() {
+            log::error!("{}: a thread panicked while it scrubbed", self.lease);
+        }
     }
 
     fn conclude(&self) {
@@ -270,10 +297,11 @@ impl Chore for Retired {
                 }
             }
         };
+        let _settling = Settling(self);
         // Threads came and went: what counts is how long they worked, all together.
         let Some((zeroed, verdict)) = self.job.settle(self.job.thread_time()) else {
             // Not possible: it was done above. Dropping the steps quarantines.
-            return self.give_up();
+            return;
         };
         let outcome = steps.scrubbed(&zeroed).verified(&verdict).recycle();
         match &outcome {
@@ -285,7 +313,6 @@ impl Chore for Retired {
             Err(error) => log::error!("{} in the background: {error}", self.lease),
         }
         *self.state() = State::Finished(Some(Box::new(outcome)));
-        self.changed.notify_all();
     }
 
     fn has_work(&self) -> bool {
