@@ -199,3 +199,21 @@ fn a_hugetlb_page_that_somebody_else_has_got_is_quarantined() {
     drop(other);
     assert_nothing_dirty_left(&pool);
 }
+
+/// A VMM that has no descriptor left, or cannot open files any more, when its first guest goes.
+#[test]
+fn what_a_teardown_needs_is_opened_when_the_pool_is_built() {
+    alone(
+        "what_a_teardown_needs_is_opened_when_the_pool_is_built",
+        || {
+            let pool = pool(PageSize::Base4K, 4);
+            let lease = whole(&pool);
+            fill(&lease, 1);
+            let files: Vec<std::fs::File> =
+                std::iter::from_fn(|| std::fs::File::open("/dev/null").ok()).collect();
+            let receipt = teardown(lease);
+            drop(files);
+            assert!(receipt.is_proven(), "{receipt:?}");
+        },
+    );
+}

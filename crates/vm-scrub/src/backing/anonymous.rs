@@ -4,7 +4,7 @@
 //! milliseconds and stays populated: the next guest takes no page faults.
 
 use super::{BLOCK, Backing, NotGranted, Revocation, Revoked, Window, WindowSpace, keep_private};
-use crate::scrub::{HostPtr, Residency};
+use crate::scrub::{HostPtr, Residency, get_ready};
 use crate::sys;
 use crate::sys::map::{self, Advice};
 use std::io;
@@ -48,6 +48,7 @@ impl AnonymousArena {
             Err(error) => return Err(error),
         }
         arena.keep_mergeable();
+        get_ready();
         Ok(arena)
     }
 

@@ -23,6 +23,6 @@ pub use pass::Sabotage;
 pub(crate) use pass::{HostPtr, Work};
 pub(crate) use plan::{beyond, intersections};
 pub use policy::{Policy, Verify};
-pub(crate) use residency::Residency;
+pub(crate) use residency::{Residency, get_ready};
 pub(crate) use sample::fresh_seed;
 pub(crate) use workers::{StartError, Workers};

@@ -53,6 +53,17 @@ fn pagemap() -> sys::Result<Arc<Pagemap>> {
     of_this_process(&PAGEMAP, Call::PagemapOpen, Pagemap::open)
 }
 
+/// Opens what [`Residency::of_private_mapping`] needs, as long as it can be had: a VMM may lock itself in after it has built
+/// its pools (no `/proc`, no descriptors left, a seccomp filter), and what cannot be asked about is quarantined.
+pub(crate) fn get_ready() {
+    if fault::is_planned(Call::PagemapOpen) {
+        return;
+    }
+    if let Err(error) = pagemap() {
+        log::warn!("populated pages will not be found, and teardowns quarantine: {error}");
+    }
+}
+
 fn maps() -> sys::Result<Arc<Maps>> {
     of_this_process(&MAPS, Call::MapsOpen, Maps::open)
 }
