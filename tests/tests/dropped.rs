@@ -7,12 +7,13 @@ use vm_scrub::{BLOCK_SIZE, Lease, PageSize, Pool};
 use vm_scrub_tests::logs::{heard, listen};
 use vm_scrub_tests::maps::{is_readable, is_writable};
 use vm_scrub_tests::{
-    assert_nothing_dirty_left, fill, first_nonzero, on_every_page_size, pool, quiesce, regions,
-    teardown,
+    assert_nothing_dirty_left, fill, first_nonzero, on_every_page_size, pool, pools, quiesce,
+    regions, teardown,
 };
 
 on_every_page_size!(
     dropped_with_a_handle_alive: 8,
+    dropped_with_a_handle_alive_and_no_windows_kept: 8,
     dropped_after_the_address_got_out: 8,
     dropped_after_somebody_asked_for_the_address: 8,
     dropped_after_a_handle_came_and_went: 8,
@@ -65,6 +66,20 @@ fn dropped_with_a_handle_alive(page_size: PageSize) {
     assert_nothing_dirty_left(&pool);
     drop(memory);
     assert_quarantined(&pool);
+}
+
+/// The same in a pool that keeps no windows of guests that are gone.
+fn dropped_with_a_handle_alive_and_no_windows_kept(page_size: PageSize) {
+    let builder = pools::builder(page_size, 8).kept_windows(0);
+    let pool = builder.build().unwrap();
+    listen();
+    let lease = unseen_guest(&pool);
+    fill(&lease, 1);
+    let memory = lease.memory();
+    drop(lease);
+    assert_quarantined(&pool);
+    let byte: u8 = memory.read_obj(GuestAddress(2 * BLOCK_SIZE)).unwrap();
+    assert_ne!(byte, 0);
 }
 
 fn dropped_after_the_address_got_out(page_size: PageSize) {

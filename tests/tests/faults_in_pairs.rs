@@ -4,6 +4,7 @@ use vm_scrub::lease::{LeaseError, QuarantineReason};
 use vm_scrub::test_support::{Call, inject};
 use vm_scrub::{BLOCK_SIZE, PageSize, Pool};
 use vm_scrub_tests::child::with_huge_pages;
+use vm_scrub_tests::maps::is_readable;
 use vm_scrub_tests::{
     assert_all_zero, assert_nothing_dirty_left, fill, on_small_page_sizes, pools, quiesce, regions,
     smear, teardown,
@@ -110,6 +111,27 @@ fn what_cannot_be_taken_back_from_a_lease_that_failed_is_quarantined() {
         let accounts = pool.accounts();
         assert_eq!(accounts.quarantined, BLOCK_SIZE, "{call:?}");
         assert_eq!(accounts.clean, 3 * BLOCK_SIZE);
+        assert_nothing_dirty_left(&pool);
+    }
+}
+
+/// Whoever may still be at work behind a window that could not be closed finds it where it was, and not the next window:
+/// even in a pool that keeps none.
+#[test]
+fn a_window_that_could_not_be_closed_keeps_its_place() {
+    for (call, skip) in [(Call::Mprotect, 0), (Call::Mremap, 1), (Call::Mmap, 0)] {
+        let builder = pools::builder(PageSize::Base4K, 4).kept_windows(0);
+        let pool = builder.threads(1).build().unwrap();
+        let lease = pool.lease(&regions(&[(0, 2 * BLOCK_SIZE)])).unwrap();
+        smear(&lease, 1);
+        let (_, start) = lease.host_addresses().remove(0);
+        let quiesced = quiesce(&lease);
+        let fault = inject(call, skip, 1, libc::ENOMEM);
+        let receipt = lease.teardown(quiesced).unwrap();
+        assert_eq!(fault.hits(), 1, "{call:?}");
+        drop(fault);
+        assert_eq!(receipt.bytes_quarantined, 2 * BLOCK_SIZE);
+        assert!(is_readable(start.addr()), "{call:?}: the window is gone");
         assert_nothing_dirty_left(&pool);
     }
 }
