@@ -1,5 +1,6 @@
 //! Memslots that KVM does not add or does not delete: nothing is left half-way, and nothing is forgotten.
 
+use std::cell::Cell;
 use std::sync::Arc;
 
 use kvm_ioctls::VmFd;
@@ -242,5 +243,57 @@ fn memslots_that_are_dropped_and_not_deleted_keep_the_memory() {
         assert_eq!(machine.count(&all, secret(1), LIMIT).unwrap(), BYTES);
         machine.fill(&all, secret(2), LIMIT).unwrap();
         assert_nothing_dirty_left(&pool);
+    });
+}
+
+/// Leads to the second machine every fourth time, from the second time on.
+struct Changing<'a>(&'a VmFd, &'a VmFd, Cell<u32>);
+
+impl std::ops::Deref for Changing<'_> {
+    type Target = VmFd;
+
+    fn deref(&self) -> &VmFd {
+        let asked = self.2.replace(self.2.get() + 1);
+        if asked % 4 == 1 { self.1 } else { self.0 }
+    }
+}
+
+/// No proof is given while a machine that was ever led to shows the memory.
+#[test]
+fn memslots_are_deleted_where_they_were_registered() {
+    run(PageSize::Transparent, |page_size| {
+        let pool = pool(page_size, 2);
+        let (first, second) = (Machine::new(1).unwrap(), Machine::new(1).unwrap());
+        // A slot that has the number that is going to be used, on the first machine.
+        let bystander = lease_at(&pool, BLOCK_SIZE);
+        let _slot = Memslots::register(first.vm().as_ref(), &bystander).unwrap();
+        let lease = lease_at(&pool, 0);
+        let region = edges(&ranges(&lease));
+        for asked in 0..4 {
+            let changing = Changing(first.vm(), second.vm(), Cell::new(asked));
+            let Ok(mut memslots) = Memslots::register(changing, &lease) else {
+                continue;
+            };
+            while memslots.remove().is_err() {}
+            assert_out_of_reach(&second, &region);
+        }
+        drop(lease);
+        assert_eq!(pool.accounts().quarantined, 0);
+    });
+}
+
+/// KVM never took a memslot, so its word that the guest is stopped is not there.
+#[test]
+fn a_registration_that_failed_says_nothing_about_the_guest() {
+    run(PageSize::Transparent, |page_size| {
+        let pool = pool(page_size, 2);
+        let machine = Machine::new(1).unwrap();
+        let lease = lease_at(&pool, 0);
+        let _somewhere_else = lease.host_addresses();
+        let fault = inject(Call::MemslotAdd, 0, 1, libc::EEXIST);
+        assert!(Memslots::register(machine.vm().as_ref(), &lease).is_err());
+        drop(fault);
+        drop(lease);
+        assert_eq!(pool.accounts().quarantined, BLOCK_SIZE);
     });
 }

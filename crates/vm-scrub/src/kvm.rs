@@ -8,7 +8,7 @@ use kvm_ioctls::VmFd;
 use std::fmt;
 use std::io;
 use std::ops::Deref;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
 
 /// The memslots of one lease on one virtual machine.
@@ -18,6 +18,9 @@ use std::sync::Arc;
 #[must_use = "dropping it deletes the memslots"]
 pub struct Memslots<V: Deref<Target = VmFd>> {
     vm: V,
+    /// The machine's file descriptor. What `vm` leads to is for the embedder's code to say, each time it is asked; memslots
+    /// are deleted where they were registered or not at all.
+    machine: RawFd,
     lease: LeaseId,
     registrations: Arc<Registrations>,
     /// Slot number and guest address of each memslot that is registered.
@@ -145,6 +148,7 @@ impl<V: Deref<Target = VmFd>> Memslots<V> {
             });
         }
         let mut memslots = Self {
+            machine: vm.as_raw_fd(),
             vm,
             lease: lease.id(),
             registrations: Arc::clone(lease.registrations()),
@@ -152,13 +156,14 @@ impl<V: Deref<Target = VmFd>> Memslots<V> {
         };
         for (slot, (region, host)) in (first_slot..).zip(lease.windows()) {
             // Counted before the kernel knows it: a teardown that sees no memslots must be right.
-            if !memslots.registrations.add(memslots.vm.as_raw_fd(), slot) {
+            if !memslots.registrations.add(memslots.machine, slot) {
                 let lease = memslots.lease;
                 return Err(RegisterError::Registered { lease, slot });
             }
             let added = fault::check(Call::MemslotAdd)
                 .map_err(|error| error.source)
-                .and_then(|()| {
+                .and_then(|()| memslots.machine())
+                .and_then(|vm| {
                     let entry = kvm_userspace_memory_region {
                         slot,
                         flags: if options.log_dirty_pages {
@@ -172,12 +177,15 @@ impl<V: Deref<Target = VmFd>> Memslots<V> {
                     };
                     // SAFETY: the window is mapped over its whole length and belongs to the lease, which refuses teardown
                     // while this registration is counted and leaves the window mapped if it is dropped.
-                    unsafe { memslots.vm.set_user_memory_region(entry) }.map_err(into_io)
+                    unsafe { vm.set_user_memory_region(entry) }.map_err(into_io)
                 });
             match added {
-                Ok(()) => memslots.slots.push((slot, region.guest_address)),
+                Ok(()) => {
+                    memslots.registrations.taken();
+                    memslots.slots.push((slot, region.guest_address));
+                }
                 Err(source) => {
-                    memslots.registrations.remove(memslots.vm.as_raw_fd(), slot);
+                    memslots.registrations.remove(memslots.machine, slot);
                     return Err(RegisterError::Refused {
                         slot,
                         guest_address: region.guest_address,
@@ -206,6 +214,16 @@ impl<V: Deref<Target = VmFd>> Memslots<V> {
         Ok(Quiesced::of(lease))
     }
 
+    /// The machine, if `vm` still leads to it.
+    fn machine(&self) -> io::Result<&VmFd> {
+        let vm: &VmFd = &self.vm;
+        if vm.as_raw_fd() == self.machine {
+            Ok(vm)
+        } else {
+            Err(io::Error::other("this is another machine now"))
+        }
+    }
+
     fn delete(&mut self) -> Result<(), (u32, io::Error)> {
         while let Some(&(slot, guest_phys_addr)) = self.slots.last() {
             fault::check(Call::MemslotDelete).map_err(|error| (slot, error.source))?;
@@ -217,11 +235,11 @@ impl<V: Deref<Target = VmFd>> Memslots<V> {
                 userspace_addr: 0,
                 flags: 0,
             };
+            let vm = self.machine().map_err(|error| (slot, error))?;
             // SAFETY: a memslot of no size gives the guest no memory.
-            unsafe { self.vm.set_user_memory_region(entry) }
-                .map_err(|error| (slot, into_io(error)))?;
+            unsafe { vm.set_user_memory_region(entry) }.map_err(|error| (slot, into_io(error)))?;
             self.slots.pop();
-            self.registrations.remove(self.vm.as_raw_fd(), slot);
+            self.registrations.remove(self.machine, slot);
         }
         Ok(())
     }

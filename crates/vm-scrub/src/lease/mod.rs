@@ -75,13 +75,18 @@ impl Registrations {
     /// Counts a memslot. `false` if it is counted already: it is somebody else's to delete.
     #[cfg(feature = "kvm")]
     pub(crate) fn add(&self, machine: RawFd, slot: u32) -> bool {
-        self.ever.store(true, Ordering::SeqCst);
         let mut memslots = self.memslots();
         let new = !memslots.contains(&(machine, slot));
         if new {
             memslots.push((machine, slot));
         }
         new
+    }
+
+    /// Remembers that the hypervisor has taken a memslot.
+    #[cfg(feature = "kvm")]
+    pub(crate) fn taken(&self) {
+        self.ever.store(true, Ordering::SeqCst);
     }
 
     #[cfg(feature = "kvm")]
