@@ -126,7 +126,7 @@ pub(crate) struct BenchArgs {
     #[arg(long, value_name = "SECONDS", default_value = "120", value_parser = seconds)]
     pub(crate) max_time: Duration,
 
-    /// Runs of each contender that are not counted [default: until it gets no faster, at most 10]
+    /// Runs of each contender that are not counted [default: until it gets no faster, at most 5]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(0..=1000))]
     pub(crate) warmup: Option<u32>,
 

@@ -1,6 +1,6 @@
 //! `vm-scrub bench`: what scrubbing costs on this host, beside what people do today.
 //!
-//! Each [`Benchmark`](args::Benchmark) is a question. It plans groups of contenders; each group is set up, measured in turns,
+//! Each [`Benchmark`] is a question. It plans groups of contenders; each group is set up, measured in turns,
 //! reported and taken down before the next, and what has been measured is kept whatever happens later. Measuring knows nothing
 //! of memory, contenders nothing of the clock, and exporters nothing of either.
 
@@ -83,7 +83,10 @@ pub(crate) fn run(args: &BenchArgs) -> anyhow::Result<bool> {
     if args.json {
         println!("{}", serde_json::to_string_pretty(&session.results.rows)?);
     }
-    Ok(session.results.failed.is_empty())
+    if interrupt.is_requested() {
+        eprintln!("interrupted: what there is was kept");
+    }
+    Ok(session.results.failed.is_empty() && !interrupt.is_requested())
 }
 
 /// What has been measured so far, and who is told.

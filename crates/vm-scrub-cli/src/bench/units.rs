@@ -1,11 +1,12 @@
 //! Times, rates and ratios for people, with three digits that count.
 
-/// Three significant digits, as far as they are behind the point.
+/// Three significant digits as far as they are behind the point, and two of what is smaller than a tenth.
 fn three(value: f64) -> String {
     let digits = match value.abs() {
         large if large >= 99.95 => 0,
         medium if medium >= 9.995 => 1,
-        _ => 2,
+        small if small >= 0.0995 || small < 1e-6 => 2,
+        tiny => (1.0 - tiny.log10().floor()) as usize,
     };
     format!("{value:.digits$}")
 }
@@ -90,6 +91,11 @@ mod tests {
         );
         assert_eq!(rate(147.2), "147 GiB/s");
         assert_eq!(ratio(6.118), "6.12×");
+        assert_eq!(
+            (ratio(0.151), ratio(0.0123), ratio(0.00009)),
+            ("0.15×".into(), "0.012×".into(), "0.000090×".into())
+        );
+        assert_eq!(ratio(0.0), "0.00×");
         assert_eq!(percent(0.974), "97 %");
         assert_eq!(
             (plain(2.5), plain(10.0), plain(0.0), plain(100.0)),

@@ -21,7 +21,7 @@ pub(crate) enum Warning {
     OtherLoad { processors: f64 },
     /// The hypervisor under this machine gave this many of its processors to others meanwhile.
     Stolen { processors: f64 },
-    /// The time limit ended the runs.
+    /// The time limit, or somebody, ended the runs.
     FewerRuns { runs: usize, wanted: usize },
 }
 
@@ -126,10 +126,7 @@ impl fmt::Display for Warning {
                 )
             }
             Warning::FewerRuns { runs, wanted } => {
-                write!(
-                    f,
-                    "fewer runs: {runs} of at least {wanted} before the time limit"
-                )
+                write!(f, "fewer runs: {runs} of at least {wanted} before the end")
             }
         }
     }

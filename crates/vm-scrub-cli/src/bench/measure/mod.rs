@@ -19,7 +19,7 @@ use std::time::{Duration, Instant};
 const RUNS: (usize, usize) = (10, 50);
 
 /// Warm-up runs if nobody said how many: at least, and at most.
-const WARMUP: (usize, usize) = (2, 10);
+const WARMUP: (usize, usize) = (2, 5);
 
 /// Further warm-up has to make the best time better by this fraction to be worth it.
 const STILL_WARMING: f64 = 0.05;

@@ -6,7 +6,7 @@ use maud::{Markup, html};
 const WIDTH: f64 = 720.0;
 const HEIGHT: f64 = 330.0;
 const LEFT: f64 = 58.0;
-const RIGHT: f64 = 150.0;
+const RIGHT: f64 = 126.0;
 const TOP: f64 = 14.0;
 const BOTTOM: f64 = 44.0;
 /// Names at line ends are at least this far apart.

@@ -4,16 +4,18 @@
 //! the size that is named. Fused loops zero pieces of 256 KiB and read each back at once; for the largest size and one thread
 //! the same is done one after the other over all of the memory, which is what fusing is compared with.
 
+mod subject;
+
 use super::{count, title, unless_hugetlb_is_missing};
 use crate::bench::calibrated;
 use crate::bench::memory::{self, Mapping};
 use crate::bench::row::{Labels, Op};
 use crate::bench::settings::Settings;
-use crate::bench::subject::{Built, Contender, Group, Plan, Subject};
+use crate::bench::subject::{Built, Contender, Group, Plan};
 use crate::bench::team::Team;
-use anyhow::ensure;
 use std::cell::RefCell;
 use std::rc::Rc;
+use subject::{LoopSubject, Shared};
 use vm_scrub::arch::{VerifyLoop, ZeroLoop};
 use vm_scrub::{Operation, PageSize};
 
@@ -28,14 +30,8 @@ const SIZES: [u64; 7] = [
     1 << 30,
 ];
 
-/// What the engine zeroes and reads back in turn, in bytes.
-const PIECE: usize = 256 << 10;
-
 /// A share smaller than this, in bytes, says nothing: a few cache lines.
 const SMALLEST_SHARE: u64 = 256;
-
-/// One mapping for all contenders of a group.
-type Shared = Rc<RefCell<Mapping>>;
 
 pub(super) fn plans(settings: &Rc<Settings>) -> Vec<Plan> {
     let mut plans = Vec::new();
@@ -166,101 +162,6 @@ fn contender(
     match op {
         Op::Fused => contender.against(format!("{by_loop} {}", Op::Separate.name())),
         _ => contender,
-    }
-}
-
-/// Zeroes, reads, or both.
-struct LoopSubject {
-    zero: Option<ZeroLoop>,
-    verify: Option<VerifyLoop>,
-    fused: bool,
-    bytes: usize,
-    team: Rc<Team>,
-    shared: Shared,
-}
-
-impl LoopSubject {
-    fn with_memory<R>(&self, work: impl FnOnce(&mut [u8]) -> R) -> R {
-        work(&mut self.shared.borrow_mut().bytes()[..self.bytes])
-    }
-}
-
-/// What a verification loop that finds something in zeroed memory, or nothing in dirty memory, leaves behind.
-#[derive(Debug, thiserror::Error)]
-#[error("the loop's answer is wrong")]
-struct WrongAnswer;
-
-/// One pass of the loops over a thread's share.
-fn pass(
-    zero: Option<ZeroLoop>,
-    verify: Option<VerifyLoop>,
-    memory: &mut [u8],
-) -> Result<(), WrongAnswer> {
-    if let Some(zero) = zero {
-        // SAFETY: an exclusively borrowed slice.
-        unsafe { zero.zero(memory.as_mut_ptr(), memory.len()) };
-    }
-    let Some(verify) = verify else {
-        return Ok(());
-    };
-    // SAFETY: as above, and initialised.
-    match unsafe { verify.first_nonzero(memory.as_ptr(), memory.len()) } {
-        None => Ok(()),
-        Some(_) => Err(WrongAnswer),
-    }
-}
-
-impl Subject for LoopSubject {
-    fn prepare(&mut self) -> anyhow::Result<()> {
-        let reads_only = self.zero.is_none();
-        self.with_memory(|memory| {
-            if reads_only {
-                memory.fill(0);
-            } else {
-                memory::dirty(&self.team, memory);
-            }
-        });
-        Ok(())
-    }
-
-    fn run(&mut self, iterations: u64) -> anyhow::Result<()> {
-        let (zero, verify, fused) = (self.zero, self.verify, self.fused);
-        let unit = 64;
-        self.with_memory(|memory| {
-            self.team.each(memory, unit, |share| {
-                for _ in 0..iterations {
-                    if fused {
-                        share
-                            .chunks_mut(PIECE)
-                            .try_for_each(|piece| pass(zero, verify, piece))?;
-                    } else {
-                        pass(zero, verify, share)?;
-                    }
-                }
-                Ok::<(), WrongAnswer>(())
-            })
-        })
-        .map_err(anyhow::Error::from)
-    }
-
-    fn check(&mut self) -> anyhow::Result<()> {
-        self.with_memory(|memory| {
-            memory::ensure_zero(memory)?;
-            if let Some(verify) = self.verify {
-                // A loop that looks at nothing would be the fastest.
-                let last = memory.len() - 1;
-                memory[last] = 1;
-                // SAFETY: an exclusively borrowed slice.
-                let found = unsafe { verify.first_nonzero(memory.as_ptr(), memory.len()) };
-                memory[last] = 0;
-                ensure!(found == Some(last), "{verify} does not find the last byte");
-            }
-            Ok(())
-        })
-    }
-
-    fn is_repeatable(&self) -> bool {
-        true
     }
 }
 

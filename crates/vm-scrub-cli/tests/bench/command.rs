@@ -1,0 +1,71 @@
+//! Running the command with tiny memory, and what it prints.
+
+use serde_json::Value;
+use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+
+/// Arguments that keep it short.
+const SHORT: [&str; 8] = [
+    "--memory",
+    "4M",
+    "--runs",
+    "2",
+    "--warmup",
+    "1",
+    "--threads",
+    "2",
+];
+
+pub(crate) fn bench(arguments: &[&str]) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_vm-scrub"))
+        .arg("bench")
+        .args(arguments)
+        .output()
+        .expect("the command runs")
+}
+
+pub(crate) fn short(benchmark: &str, arguments: &[&str]) -> Output {
+    bench(&[&[benchmark][..], &SHORT, arguments].concat())
+}
+
+/// All of standard output as one array.
+#[track_caller]
+pub(crate) fn rows(output: &Output) -> Vec<Value> {
+    let errors = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{errors}");
+    match serde_json::from_slice(&output.stdout) {
+        Ok(Value::Array(rows)) => rows,
+        other => panic!("{other:?} {errors}"),
+    }
+}
+
+pub(crate) fn texts<'a>(rows: &'a [Value], field: &str) -> BTreeSet<&'a str> {
+    rows.iter().filter_map(|row| row[field].as_str()).collect()
+}
+
+/// A directory of this test's own, gone afterwards.
+pub(crate) struct Directory(PathBuf);
+
+impl Directory {
+    pub(crate) fn new(name: &str) -> Self {
+        let path =
+            std::env::temp_dir().join(format!("vm-scrub-bench-{name}-{}", std::process::id()));
+        std::fs::create_dir_all(&path).expect("a directory");
+        Self(path)
+    }
+
+    pub(crate) fn file(&self, name: &str) -> PathBuf {
+        self.0.join(name)
+    }
+}
+
+impl Drop for Directory {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_dir_all(&self.0);
+    }
+}
+
+pub(crate) fn text(path: &Path) -> &str {
+    path.to_str().expect("a name in UTF-8")
+}

@@ -1,0 +1,149 @@
+//! What every benchmark together prints and writes, and how the command ends when something is wrong.
+
+use crate::command::{Directory, bench, rows, short, text, texts};
+use serde_json::Value;
+use std::path::Path;
+
+#[test]
+fn all_prints_every_benchmark_and_writes_every_format() {
+    let directory = Directory::new("all");
+    let [json, csv, markdown, html] =
+        ["a.json", "a.csv", "a.md", "a.html"].map(|name| directory.file(name));
+    let exports = [
+        ["--export-json", text(&json)],
+        ["--export-csv", text(&csv)],
+        ["--export-markdown", text(&markdown)],
+        ["--export-html", text(&html)],
+        ["--page-size", "4k"],
+    ];
+    let arguments: Vec<&str> = exports.concat().into_iter().chain(["--json"]).collect();
+    let output = short("all", &arguments);
+    let rows = rows(&output);
+    let read = |path: &Path| std::fs::read_to_string(path).expect("written");
+    let exported: Value = serde_json::from_str(&read(&json)).expect("JSON");
+    assert_eq!(exported["results"].as_array(), Some(&rows));
+    assert_eq!(exported["failed"].as_array().map(Vec::len), Some(0));
+    for field in [
+        "cpu",
+        "kernel",
+        "processors",
+        "memory_bytes",
+        "thp",
+        "governor",
+        "date",
+        "version",
+    ] {
+        assert!(!exported["setup"][field].is_null(), "{field}");
+    }
+    let skipped = texts(
+        exported["skipped"].as_array().expect("an array"),
+        "benchmark",
+    );
+    let mut benchmarks = texts(&rows, "benchmark");
+    // Hosts without KVM, or with one processor, have fewer.
+    benchmarks.extend(&skipped);
+    let all = [
+        "guest",
+        "loops",
+        "neighbour",
+        "scaling",
+        "sparse",
+        "turnaround",
+    ];
+    assert_eq!(benchmarks, all.into());
+    assert_eq!(read(&csv).lines().count(), rows.len() + 1);
+    for benchmark in texts(&rows, "benchmark") {
+        assert!(
+            read(&markdown).contains(&format!("\n## {benchmark}\n")),
+            "{benchmark}"
+        );
+        assert!(
+            read(&html).contains(&format!("<section id=\"{benchmark}\">")),
+            "{benchmark}"
+        );
+    }
+    for name in [
+        "lease-teardown",
+        "lease-turnaround",
+        "scrub-raw",
+        "fill",
+        "dontneed-touch",
+        "small-lease",
+        "large-lease",
+    ] {
+        assert!(
+            rows.iter()
+                .any(|row| row["benchmark"] == "sparse" && row["name"] == name),
+            "{name}"
+        );
+    }
+}
+
+#[test]
+fn tables_are_for_people() {
+    let output = short("scaling", &["--page-size", "4k"]);
+    let text = String::from_utf8_lossy(&output.stdout);
+    assert!(output.status.success());
+    for expected in [
+        "4 MiB, 4k, verified",
+        "contender",
+        "8-threads",
+        "speed, 2-threads = 1",
+    ] {
+        assert!(text.contains(expected), "{expected}: {text}");
+    }
+}
+
+#[test]
+fn bad_arguments_end_with_2() {
+    for arguments in [
+        &[][..],
+        &["everything"],
+        &["loops", "--memory", "3M"],
+        &["loops", "--page-size", "1g"],
+        &["turnaround", "--runs", "1"],
+        &["turnaround", "--threads", "0"],
+        &["sparse", "--min-time", "soon"],
+        &["guest", "--export-json"],
+    ] {
+        let output = bench(arguments);
+        assert_eq!(output.status.code(), Some(2), "{arguments:?}");
+        assert!(
+            output.stdout.is_empty() && !output.stderr.is_empty(),
+            "{arguments:?}"
+        );
+    }
+}
+
+#[test]
+fn what_cannot_be_done_ends_with_1() {
+    let nowhere = short("scaling", &["--export-csv", "/nowhere/at/all.csv"]);
+    assert_eq!(nowhere.status.code(), Some(1));
+    assert!(String::from_utf8_lossy(&nowhere.stderr).contains("/nowhere/at/all.csv"));
+    // More than a host has: nothing is mapped, and the group fails; what there is, is an empty array.
+    let directory = Directory::new("failed");
+    let json = directory.file("a.json");
+    let too_much = bench(&[
+        "turnaround",
+        "--memory",
+        "64G",
+        "--page-size",
+        "4k",
+        "--json",
+        "--export-json",
+        text(&json),
+    ]);
+    if too_much.status.code() == Some(0) {
+        eprintln!("SKIPPED: this host has six times 64 GiB");
+        return;
+    }
+    assert_eq!(too_much.status.code(), Some(1));
+    assert_eq!(
+        serde_json::from_slice::<Value>(&too_much.stdout).expect("JSON"),
+        Value::Array(Vec::new())
+    );
+    let exported: Value =
+        serde_json::from_slice(&std::fs::read(&json).expect("written")).expect("JSON");
+    let reason = exported["failed"][0]["reason"].as_str().expect("a reason");
+    assert!(reason.contains("use a smaller --memory"), "{reason}");
+}

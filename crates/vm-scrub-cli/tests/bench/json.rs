@@ -1,0 +1,107 @@
+//! What `vm-scrub bench --json` prints: programs rely on these names. No figure is looked at.
+
+use crate::command::{rows, short, texts};
+use std::collections::BTreeSet;
+
+#[test]
+fn turnaround_prints_an_array_with_everybody_in_it() {
+    for page_size in ["4k", "thp"] {
+        let rows = rows(&short("turnaround", &["--page-size", page_size, "--json"]));
+        let names: Vec<_> = rows
+            .iter()
+            .map(|row| {
+                (
+                    row["name"].as_str().unwrap_or("?"),
+                    row["verify"].as_str().unwrap_or("?"),
+                )
+            })
+            .collect();
+        let expected = [
+            ("vm-scrub", "full"),
+            ("vm-scrub", "none"),
+            ("munmap-mmap-populate", "none"),
+            ("dontneed-populate", "none"),
+            ("punch-hole-populate", "none"),
+            ("write-bytes", "none"),
+            ("rayon-fill", "none"),
+            ("zeroize", "none"),
+        ];
+        assert_eq!(names, expected);
+        for row in &rows {
+            assert_eq!(
+                (&row["benchmark"], &row["page_size"]),
+                (&"turnaround".into(), &page_size.into())
+            );
+            assert_eq!(
+                (row["bytes"].as_u64(), row["runs"].as_u64()),
+                (Some(4 << 20), Some(2))
+            );
+            let alone = ["write-bytes", "zeroize"].contains(&row["name"].as_str().unwrap_or("?"));
+            assert_eq!(
+                row["threads"].as_u64(),
+                Some(if alone { 1 } else { 2 }),
+                "{row}"
+            );
+            let median = row["median_ns"].as_f64().expect("a number");
+            let rate = row["gib_per_s"].as_f64().expect("a number");
+            assert!(
+                (median * rate / (4.0 / 1024.0 * 1e9) - 1.0).abs() < 0.01,
+                "{row}"
+            );
+            assert_eq!(row["baseline"], "munmap-mmap-populate");
+            assert!(
+                row["ratio"].as_f64().is_some_and(|ratio| ratio > 0.0),
+                "{row}"
+            );
+            let (min, max) = (row["min_ns"].as_f64(), row["max_ns"].as_f64());
+            assert!(min <= Some(median) && Some(median) <= max, "{row}");
+            assert!(
+                row["warnings"].is_array() && row["warm"].is_boolean(),
+                "{row}"
+            );
+        }
+    }
+}
+
+#[test]
+fn loops_print_an_array_with_every_loop_and_one_choice() {
+    let rows = rows(&short("loops", &["--json"]));
+    let ops = texts(&rows, "op");
+    assert_eq!(ops, ["fused", "separate", "verify", "zero"].into());
+    let sizes: BTreeSet<_> = rows
+        .iter()
+        .filter_map(|row| row["bytes"].as_u64())
+        .collect();
+    assert_eq!(
+        sizes,
+        [4 << 10, 32 << 10, 256 << 10, 1 << 20, 4 << 20].into()
+    );
+    let threads: BTreeSet<_> = rows
+        .iter()
+        .filter_map(|row| row["threads"].as_u64())
+        .collect();
+    assert_eq!(threads, [1, 2].into());
+    for op in ["zero", "verify", "fused"] {
+        for bytes in &sizes {
+            for threads in &threads {
+                let same: Vec<_> = rows
+                    .iter()
+                    .filter(|row| {
+                        row["op"] == op && row["bytes"] == *bytes && row["threads"] == *threads
+                    })
+                    .collect();
+                assert!(
+                    same.iter().any(|row| row["loop"] == "portable"),
+                    "{op} {bytes} {threads}"
+                );
+                let chosen = same.iter().filter(|row| row["calibrated"] == true).count();
+                assert_eq!(chosen, 1, "{op} {bytes} {threads}");
+                let best = same.iter().filter(|row| row["of_ceiling"] == 1.0).count();
+                assert!(best >= 1, "{op} {bytes} {threads}");
+            }
+        }
+    }
+    assert!(rows.iter().all(|row| row["gib_per_s"].as_f64() > Some(0.0)));
+    let fused = rows.iter().filter(|row| row["baseline"].is_string());
+    assert!(fused.clone().all(|row| row["op"] == "fused") && fused.count() > 0);
+}
