@@ -5,8 +5,8 @@ fn three(value: f64) -> String {
     let digits = match value.abs() {
         large if large >= 99.95 => 0,
         medium if medium >= 9.995 => 1,
-        small if small >= 0.0995 || small < 1e-6 => 2,
-        tiny => (1.0 - tiny.log10().floor()) as usize,
+        tiny if (1e-6..0.0995).contains(&tiny) => (1.0 - tiny.log10().floor()) as usize,
+        _ => 2,
     };
     format!("{value:.digits$}")
 }

@@ -58,7 +58,10 @@ fn build(settings: &Settings, page_size: PageSize, bytes: u64) -> anyhow::Result
         ));
     };
     let scrubbed = SCRUBBED.min(settings.memory);
-    let keep = memory::reserve(page_size, bytes + scrubbed)?;
+    let keep = memory::reserve(
+        page_size,
+        bytes + scrubbed * ZeroLoop::available().count() as u64,
+    )?;
     let workload = Rc::new(RefCell::new(Workload::new(bytes, page_size)?));
     let labels = |name: String, zero_loop: Option<ZeroLoop>| Labels {
         name,
