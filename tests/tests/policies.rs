@@ -73,7 +73,7 @@ fn a_measured_loop_comes_with_its_rates_and_a_named_one_without() {
             .calibration
             .iter()
             .max_by_key(|rate| rate.bytes_per_second);
-        assert_eq!(fastest.unwrap().zero_loop, receipt.zero_loop);
+        assert_eq!(fastest.unwrap().loop_name, receipt.zero_loop);
     }
 
     for zero_loop in vm_scrub::arch::ZeroLoop::available() {

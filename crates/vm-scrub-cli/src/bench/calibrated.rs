@@ -2,15 +2,22 @@
 //!
 //! The one place where benchmarks ask for them.
 
+use super::row::Op;
 use vm_scrub::arch::{VerifyLoop, ZeroLoop};
-use vm_scrub::{Operation, calibration};
+use vm_scrub::calibration;
 
-/// The zeroing loop for ranges of `bytes` bytes, read back piece by piece or not.
-pub(crate) fn zero_loop(operation: Operation, bytes: u64) -> ZeroLoop {
-    calibration().fastest(operation, bytes)
+/// The zeroing loop for ranges of `bytes` bytes.
+pub(crate) fn zero_loop(op: Op, bytes: u64) -> ZeroLoop {
+    match op {
+        Op::Fused => calibration().fastest_zero_and_verify(bytes).0,
+        Op::Zero | Op::Verify | Op::Separate => calibration().fastest_zero(bytes),
+    }
 }
 
 /// The verification loop for ranges of `bytes` bytes.
-pub(crate) fn verify_loop(_bytes: u64) -> VerifyLoop {
-    VerifyLoop::widest()
+pub(crate) fn verify_loop(op: Op, bytes: u64) -> VerifyLoop {
+    match op {
+        Op::Fused => calibration().fastest_zero_and_verify(bytes).1,
+        Op::Zero | Op::Verify | Op::Separate => calibration().fastest_verify(bytes),
+    }
 }

@@ -49,6 +49,7 @@ pub mod aarch64;
 pub mod all;
 mod barrier;
 mod flush;
+mod fused;
 mod generic;
 mod table;
 mod unknown;

@@ -134,10 +134,9 @@ fn open_receipt(lease: &Lease, pool: &Shared) -> ScrubReceipt {
         bytes_verified: 0,
         quarantined: Vec::new(),
         bytes_returned: 0,
-        // Depends on how much there is to zero.
+        // The loops depend on how much there is to do.
         zero_loop: String::new(),
-        verify_loop: (pool.verify != Verify::None)
-            .then(|| pool.engine.verify_loop().name().to_owned()),
+        verify_loop: None,
         sample_seed: None,
         calibration: Vec::new(),
         threads: pool.engine.workers().threads(),
@@ -181,6 +180,9 @@ impl<S: State> Steps<S> {
             let (_, bytes) = job.progress();
             self.receipt.zero_loop = job.zero_loop().name().to_owned();
             self.receipt.calibration = engine.rates_for(bytes, *verify, work);
+        }
+        if work != Work::Zero && *verify != Verify::None {
+            self.receipt.verify_loop = Some(job.verify_loop().name().to_owned());
         }
         job
     }

@@ -176,7 +176,7 @@ pub unsafe fn scrub_raw(
         bytes_verified: verdict.bytes(),
         bytes_returned,
         zero_loop: job.zero_loop().name().to_owned(),
-        verify_loop: read_back.then(|| engine.verify_loop().name().to_owned()),
+        verify_loop: read_back.then(|| job.verify_loop().name().to_owned()),
         sample_seed: matches!(policy.verify, Verify::Sampled { .. }).then_some(seed),
         zeroing: zeroed.time(),
         verifying: verdict.time(),

@@ -31,7 +31,6 @@ enum Choice {
 pub(crate) struct Engine {
     workers: Workers,
     choice: Choice,
-    verify_loop: VerifyLoop,
     #[cfg(any(test, feature = "test-support"))]
     sabotage: Option<Sabotage>,
 }
@@ -80,7 +79,6 @@ impl Engine {
         Self {
             workers,
             choice,
-            verify_loop: VerifyLoop::widest(),
             #[cfg(any(test, feature = "test-support"))]
             sabotage: None,
         }
@@ -92,25 +90,31 @@ impl Engine {
         self.sabotage = Some(sabotage);
     }
 
-    /// The loop that reads zeros back.
-    pub(crate) fn verify_loop(&self) -> VerifyLoop {
-        self.verify_loop
-    }
-
     /// The threads that do the work.
     pub(crate) fn workers(&self) -> &Workers {
         &self.workers
     }
 
-    /// The loop that zeroes `bytes` bytes, read back afterwards as `verify` says.
-    pub(crate) fn zero_loop(&self, bytes: u64, verify: Verify, work: Work) -> ZeroLoop {
-        match self.choice {
-            Choice::Named(zero_loop) | Choice::Guessed(zero_loop) => zero_loop,
-            Choice::Measured(calibration) => calibration.fastest(operation(verify, work), bytes),
+    /// The loops that zero `bytes` bytes and read them back as `verify` says.
+    fn loops(&self, bytes: u64, verify: Verify, work: Work) -> (ZeroLoop, VerifyLoop) {
+        let calibration = match self.choice {
+            Choice::Measured(calibration) => calibration,
+            Choice::Guessed(zero_loop) => return (zero_loop, VerifyLoop::widest()),
+            Choice::Named(zero_loop) => {
+                let measured = Calibration::if_done().map(|measured| measured.partner(zero_loop));
+                return (zero_loop, measured.unwrap_or_else(VerifyLoop::widest));
+            }
+        };
+        match operation(verify, work) {
+            Operation::ZeroAndVerify => calibration.fastest_zero_and_verify(bytes),
+            Operation::Zero | Operation::Verify => (
+                calibration.fastest_zero(bytes),
+                calibration.fastest_verify(bytes),
+            ),
         }
     }
 
-    /// The rates between which that loop was chosen; none if it was not measured.
+    /// The rates between which the zeroing loop for that was chosen; none if it was not measured.
     pub(crate) fn rates_for(&self, bytes: u64, verify: Verify, work: Work) -> Vec<Rate> {
         match self.choice {
             Choice::Named(_) | Choice::Guessed(_) => Vec::new(),
@@ -131,10 +135,11 @@ impl Engine {
         seed: u64,
     ) -> Job {
         let bytes = ranges.iter().map(|range| range.len() as u64).sum();
+        let (zero_loop, verify_loop) = self.loops(bytes, verify, work);
         let pass = Pass {
             base,
-            zero_loop: self.zero_loop(bytes, verify, work),
-            verify_loop: self.verify_loop,
+            zero_loop,
+            verify_loop,
             verify,
             seed,
             #[cfg(any(test, feature = "test-support"))]

@@ -5,7 +5,7 @@
 
 use super::pass::{Pass, Tally, Work};
 use super::workers::Workers;
-use crate::arch::ZeroLoop;
+use crate::arch::{VerifyLoop, ZeroLoop};
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
@@ -104,6 +104,11 @@ impl Job {
     /// The loop that writes zeros.
     pub(crate) fn zero_loop(&self) -> ZeroLoop {
         self.pass.zero_loop
+    }
+
+    /// The loop that reads back.
+    pub(crate) fn verify_loop(&self) -> VerifyLoop {
+        self.pass.verify_loop
     }
 
     /// Bytes that are done, and bytes in all.

@@ -92,6 +92,16 @@ impl Tally {
         Duration::from_nanos(nanos)
     }
 
+    /// Counts the time for a piece: `all` of it, divided in the ratio of `zeroing` to `reading`.
+    fn add_time(&self, zeroing: Duration, reading: Duration, all: Duration) {
+        let share = zeroing.as_nanos() as f64 / (zeroing + reading).as_nanos().max(1) as f64;
+        let all = all.as_nanos() as u64;
+        let zeroing = (all as f64 * share) as u64;
+        self.zeroing_ns.fetch_add(zeroing, Ordering::Relaxed);
+        self.reading_ns
+            .fetch_add(all.saturating_sub(zeroing), Ordering::Relaxed);
+    }
+
     /// Divides `elapsed` between zeroing and reading by how long the threads spent on each.
     pub(crate) fn divide(&self, elapsed: Duration) -> (Duration, Duration) {
         let zeroing = self.zeroing_ns.load(Ordering::Relaxed) as f64;
@@ -112,23 +122,45 @@ impl Pass {
     /// # Safety
     /// The piece must be readable and writable, and nobody else may access it meanwhile.
     pub(crate) unsafe fn run(&self, work: Work, piece: Range<usize>, tally: &Tally) {
+        let fused = work == Work::ZeroAndRead && self.verify == Verify::Full;
+        // Where zeroing and reading take turns, they are timed at the first: asking for the time at each would cost as much
+        // as the work.
+        let head = if fused {
+            piece.start..piece.end.min(piece.start + self.zero_loop.chunk())
+        } else {
+            piece.clone()
+        };
         let begun = Instant::now();
-        if work != Work::Read {
+        if work != Work::Read && !self.skips(&piece) {
             // SAFETY: passed on to the caller.
-            unsafe { self.zero(&piece) };
+            unsafe { self.zero(&head) };
+        }
+        let zeroed = Instant::now();
+        let mut read = match work {
+            Work::Zero => Ok(0),
+            // SAFETY: passed on to the caller.
+            Work::Read | Work::ZeroAndRead => unsafe { self.read_back(&head) },
+        };
+        let head_done = Instant::now();
+        let rest = head.end..piece.end;
+        if !rest.is_empty() {
+            // SAFETY: passed on to the caller.
+            let more = unsafe { self.take_turns(&piece, &rest) };
+            read = read.and_then(|bytes| Ok(bytes + more?));
+        }
+        let reads = work != Work::Zero && self.verify != Verify::None;
+        let reading = if reads {
+            head_done - zeroed
+        } else {
+            Duration::ZERO
+        };
+        tally.add_time(zeroed - begun, reading, begun.elapsed());
+        if work != Work::Read {
             tally
                 .zeroed
                 .fetch_add(piece.len() as u64, Ordering::Relaxed);
         }
-        let zeroed = Instant::now();
-        tally
-            .zeroing_ns
-            .fetch_add((zeroed - begun).as_nanos() as u64, Ordering::Relaxed);
-        if work == Work::Zero || self.verify == Verify::None {
-            return;
-        }
-        // SAFETY: passed on to the caller.
-        match unsafe { self.read_back(&piece) } {
+        match read {
             Ok(bytes) => {
                 tally.read.fetch_add(bytes, Ordering::Relaxed);
             }
@@ -138,9 +170,23 @@ impl Pass {
                 .unwrap_or_else(PoisonError::into_inner)
                 .push(piece),
         }
-        tally
-            .reading_ns
-            .fetch_add(zeroed.elapsed().as_nanos() as u64, Ordering::Relaxed);
+    }
+
+    /// Zeroes and reads `rest` of a piece in turn.
+    ///
+    /// # Safety
+    /// As for [`Pass::run`].
+    unsafe fn take_turns(&self, piece: &Range<usize>, rest: &Range<usize>) -> Result<u64, usize> {
+        if self.skips(piece) {
+            // SAFETY: passed on to the caller.
+            return unsafe { self.read_back(rest) };
+        }
+        // SAFETY: passed on to the caller.
+        let found = unsafe {
+            self.zero_loop
+                .zero_and_verify(self.verify_loop, self.base.at(rest.start), rest.len())
+        };
+        found.map_or(Ok(rest.len() as u64), |offset| Err(rest.start + offset))
     }
 
     /// Scrubs a suspect piece once more. `Ok` is the number of bytes that were read and are zero, `Err` the offset of the
@@ -149,23 +195,30 @@ impl Pass {
     /// # Safety
     /// As for [`Pass::run`].
     pub(crate) unsafe fn retry(&self, piece: &Range<usize>) -> Result<u64, usize> {
-        // SAFETY: passed on to the caller.
-        unsafe {
-            self.zero(piece);
-            self.read_back(piece)
+        if !self.skips(piece) {
+            // SAFETY: passed on to the caller.
+            unsafe { self.zero(piece) };
         }
+        // SAFETY: passed on to the caller.
+        unsafe { self.read_back(piece) }
     }
 
-    /// Sets the piece to zero. The loop fences its own streaming stores, on this thread, before it returns.
-    unsafe fn zero(&self, piece: &Range<usize>) {
+    /// Sets the range to zero. The loop fences its own streaming stores, on this thread, before it returns.
+    unsafe fn zero(&self, range: &Range<usize>) {
+        // SAFETY: the caller says that the range is writable and nobody else's.
+        unsafe { self.zero_loop.zero(self.base.at(range.start), range.len()) };
+    }
+
+    /// Whether zeroing this piece is left out, to see whether somebody notices.
+    fn skips(&self, piece: &Range<usize>) -> bool {
         #[cfg(any(test, feature = "test-support"))]
         match self.sabotage {
-            Some(Sabotage::SkipScrub) => return,
-            Some(Sabotage::SkipChunk) if piece.end == crate::BLOCK_SIZE as usize => return,
-            _ => {}
+            Some(Sabotage::SkipScrub) => return true,
+            Some(Sabotage::SkipChunk) => return piece.end == crate::BLOCK_SIZE as usize,
+            None => {}
         }
-        // SAFETY: the caller says that the piece is writable and nobody else's.
-        unsafe { self.zero_loop.zero(self.base.at(piece.start), piece.len()) };
+        let _ = piece;
+        false
     }
 
     /// Reads as much of the piece as the policy says. `Ok` is how many bytes that were, `Err` the offset of the first one

@@ -5,6 +5,7 @@
 //! nobody can overlook it.
 
 mod cases;
+mod fused;
 mod generic;
 mod guarded;
 mod handles;

@@ -4,6 +4,7 @@
 //! answers.
 
 use core::arch::x86_64::{__cpuid, __cpuid_count, CpuidResult};
+use std::sync::OnceLock;
 
 /// Subleaf 0 of `leaf`, if the processor has that leaf; a leaf beyond the last one would answer
 /// with another's content.
@@ -18,4 +19,10 @@ pub(super) fn leaf(leaf: u32) -> Option<CpuidResult> {
     let last = unsafe { __cpuid(leaf & 0x8000_0000) }.eax;
     // SAFETY: as above, and the leaf is one that the processor has.
     (leaf <= last).then(|| unsafe { __cpuid_count(leaf, 0) })
+}
+
+/// Whether this processor flushes lines without an order among them (leaf 7, EBX bit 23).
+pub(in crate::arch) fn has_clflushopt() -> bool {
+    static AVAILABLE: OnceLock<bool> = OnceLock::new();
+    *AVAILABLE.get_or_init(|| leaf(7).is_some_and(|leaf| leaf.ebx & (1 << 23) != 0))
 }

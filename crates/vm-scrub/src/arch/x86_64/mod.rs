@@ -6,3 +6,5 @@ pub mod clzero;
 mod cpuid;
 pub mod rep_stosb;
 pub mod sse2;
+
+pub(super) use cpuid::has_clflushopt;

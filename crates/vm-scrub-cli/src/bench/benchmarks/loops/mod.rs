@@ -1,7 +1,7 @@
 //! `loops`: every loop by itself, by size and threads.
 //!
 //! The same memory is worked on over and over, so what fits into a cache stays there. With several threads each has a share of
-//! the size that is named. Fused loops zero pieces of 256 KiB and read each back at once; for the largest size and one thread
+//! the size that is named. Fused loops zero and read back in turn; for the largest size and one thread
 //! the same is done one after the other over all of the memory, which is what fusing is compared with.
 
 mod subject;
@@ -16,8 +16,8 @@ use crate::bench::team::Team;
 use std::cell::RefCell;
 use std::rc::Rc;
 use subject::{LoopSubject, Shared};
+use vm_scrub::PageSize;
 use vm_scrub::arch::{VerifyLoop, ZeroLoop};
-use vm_scrub::{Operation, PageSize};
 
 /// Sizes in bytes: within the first-level cache, the second, the third, and beyond.
 const SIZES: [u64; 7] = [
@@ -91,7 +91,7 @@ fn build(settings: &Settings, case: Case) -> anyhow::Result<Built> {
     let contender = |op, zero: Option<ZeroLoop>, verify: Option<VerifyLoop>| {
         contender(case, op, zero, verify, &team, &shared)
     };
-    let verify = calibrated::verify_loop(case.bytes);
+    let verify = |op| calibrated::verify_loop(op, case.bytes);
     let contenders = match case.op {
         Op::Zero => ZeroLoop::available()
             .map(|each| contender(Op::Zero, Some(each), None))
@@ -108,7 +108,7 @@ fn build(settings: &Settings, case: Case) -> anyhow::Result<Built> {
             };
             ZeroLoop::available()
                 .flat_map(|zero| ops.iter().map(move |op| (zero, *op)))
-                .map(|(zero, op)| contender(op, Some(zero), Some(verify)))
+                .map(|(zero, op)| contender(op, Some(zero), Some(verify(op))))
                 .collect()
         }
     };
@@ -128,13 +128,9 @@ fn contender(
         .map(ZeroLoop::name)
         .or(verify.map(VerifyLoop::name))
         .unwrap_or_default();
-    let operation = match op {
-        Op::Fused => Operation::ZeroAndVerify,
-        Op::Zero | Op::Verify | Op::Separate => Operation::Zero,
-    };
     let calibrated = match zero {
-        Some(zero) => zero == calibrated::zero_loop(operation, case.bytes),
-        None => verify == Some(calibrated::verify_loop(case.bytes)),
+        Some(zero) => zero == calibrated::zero_loop(op, case.bytes),
+        None => verify == Some(calibrated::verify_loop(op, case.bytes)),
     };
     let name = match op {
         Op::Zero | Op::Verify => by_loop.to_owned(),

@@ -8,9 +8,6 @@ use std::cell::RefCell;
 use std::rc::Rc;
 use vm_scrub::arch::{VerifyLoop, ZeroLoop};
 
-/// What the engine zeroes and reads back in turn, in bytes.
-const PIECE: usize = 256 << 10;
-
 /// One mapping for all contenders of a group.
 pub(super) type Shared = Rc<RefCell<Mapping>>;
 
@@ -39,20 +36,23 @@ struct WrongAnswer;
 fn pass(
     zero: Option<ZeroLoop>,
     verify: Option<VerifyLoop>,
+    fused: bool,
     memory: &mut [u8],
 ) -> Result<(), WrongAnswer> {
-    if let Some(zero) = zero {
-        // SAFETY: an exclusively borrowed slice.
-        unsafe { zero.zero(memory.as_mut_ptr(), memory.len()) };
-    }
-    let Some(verify) = verify else {
-        return Ok(());
+    let (start, len) = (memory.as_mut_ptr(), memory.len());
+    // SAFETY: an exclusively borrowed, initialised slice.
+    let found = unsafe {
+        match (zero, verify) {
+            (Some(zero), Some(verify)) if fused => zero.zero_and_verify(verify, start, len),
+            (zero, verify) => {
+                if let Some(zero) = zero {
+                    zero.zero(start, len);
+                }
+                verify.and_then(|verify| verify.first_nonzero(start, len))
+            }
+        }
     };
-    // SAFETY: as above, and initialised.
-    match unsafe { verify.first_nonzero(memory.as_ptr(), memory.len()) } {
-        None => Ok(()),
-        Some(_) => Err(WrongAnswer),
-    }
+    found.map_or(Ok(()), |_| Err(WrongAnswer))
 }
 
 impl Subject for LoopSubject {
@@ -74,13 +74,7 @@ impl Subject for LoopSubject {
         self.with_memory(|memory| {
             self.team.each(memory, unit, |share| {
                 for _ in 0..iterations {
-                    if fused {
-                        share
-                            .chunks_mut(PIECE)
-                            .try_for_each(|piece| pass(zero, verify, piece))?;
-                    } else {
-                        pass(zero, verify, share)?;
-                    }
+                    pass(zero, verify, fused, share)?;
                 }
                 Ok::<(), WrongAnswer>(())
             })

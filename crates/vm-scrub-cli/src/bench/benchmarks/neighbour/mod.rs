@@ -12,15 +12,15 @@ use super::title;
 use crate::bench::calibrated;
 use crate::bench::cpus::{self, Pinned};
 use crate::bench::memory;
-use crate::bench::row::Labels;
+use crate::bench::row::{Labels, Op};
 use crate::bench::settings::Settings;
 use crate::bench::subject::{Built, Contender, Group, Plan, Subject};
 use anyhow::ensure;
 use scrub::{PIECE, Pace, Scrub};
 use std::cell::RefCell;
 use std::rc::Rc;
+use vm_scrub::PageSize;
 use vm_scrub::arch::ZeroLoop;
-use vm_scrub::{Operation, PageSize};
 use workload::Workload;
 
 /// What the other core zeroes, in bytes: larger than most caches.
@@ -66,8 +66,7 @@ fn build(settings: &Settings, page_size: PageSize, bytes: u64) -> anyhow::Result
     let labels = |name: String, zero_loop: Option<ZeroLoop>| Labels {
         name,
         by_loop: zero_loop.map(|each| each.name().into()),
-        calibrated: zero_loop
-            .map(|each| each == calibrated::zero_loop(Operation::Zero, PIECE as u64)),
+        calibrated: zero_loop.map(|each| each == calibrated::zero_loop(Op::Zero, PIECE as u64)),
         page_size: Some(page_size),
         threads: 1,
         bytes,

@@ -1,0 +1,422 @@
+//! Measures which loops are fastest on this host.
+//!
+//! The widest vector does not win, and no loop wins everywhere: streaming stores gain on one processor what they lose on
+//! the next, and lose on all of them for what fits into a cache. So each loop is tried, by size and by what comes after
+//! (reading back finds zeros in the cache only if the loop left them there). Once in a process, on the calling thread, for
+//! at most 50 ms.
+
+mod scratch;
+
+use super::plan::PIECE;
+use crate::arch::{VerifyLoop, ZeroLoop};
+use scratch::Scratch;
+use std::sync::OnceLock;
+use std::time::{Duration, Instant};
+
+/// The longest that measuring may take: less than a VM's boot.
+const BUDGET: Duration = Duration::from_millis(50);
+
+/// The shortest measurement: a thousand times what reading the clock takes.
+const SHORTEST: Duration = Duration::from_micros(40);
+
+/// How often each loop is measured at each size, if time allows; the fastest counts.
+const ROUNDS: usize = 5;
+
+/// Sizes in bytes that are worked on again and again: what fits into one or another cache stays there.
+const IN_CACHE: [usize; 5] = [4 << 10, 32 << 10, 256 << 10, 2 << 20, 8 << 20];
+
+/// Stands for memory that no cache holds. So much need not be populated to measure it: a part of it will do, if its lines are
+/// flushed beforehand.
+const BEYOND_CACHES: usize = 64 << 20;
+
+/// That part, in bytes: long enough for the clock.
+const FLUSHED: usize = 2 << 20;
+
+/// What is done to memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(feature = "serde", serde(rename_all = "kebab-case"))]
+#[non_exhaustive]
+pub enum Operation {
+    /// Zeros are written.
+    Zero,
+    /// Bytes are read.
+    Verify,
+    /// Zeros are written and read back, a chunk at a time.
+    ZeroAndVerify,
+}
+
+/// How fast one loop was.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[non_exhaustive]
+pub struct Rate {
+    /// What was done.
+    pub operation: Operation,
+    /// To how many bytes: those up to 8 MiB again and again, so that a cache holds what it can; 64 MiB stands for memory
+    /// that no cache holds.
+    pub bytes: u64,
+    /// The name of the loop: the zeroing one, if both kinds were used.
+    #[cfg_attr(feature = "serde", serde(rename = "loop"))]
+    pub loop_name: String,
+    /// Bytes in a second: the best of several measurements, on one thread.
+    pub bytes_per_second: u64,
+}
+
+/// What was measured on this host.
+#[derive(Debug)]
+pub struct Calibration {
+    measured: Vec<Measured>,
+    took: Duration,
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Measured {
+    bytes: usize,
+    loops: Loops,
+    /// Seconds for a byte; infinite if the time ran out before it was measured.
+    cost: f64,
+}
+
+/// An operation, and what carries it out.
+#[derive(Debug, Clone, Copy)]
+enum Loops {
+    Zero(ZeroLoop),
+    Verify(VerifyLoop),
+    ZeroAndVerify(ZeroLoop),
+}
+
+static CALIBRATION: OnceLock<Calibration> = OnceLock::new();
+
+/// What was measured on this host. The first call in a process measures, on the calling thread and for at most 50 ms; pools
+/// call it when they are built, unless they are told which loop to use.
+pub fn calibration() -> &'static Calibration {
+    CALIBRATION.get_or_init(|| {
+        let calibration = Calibration::measure();
+        for rate in calibration.rates() {
+            log::debug!(
+                "{:?} {} bytes by {}: {:.1} GiB/s",
+                rate.operation,
+                rate.bytes,
+                rate.loop_name,
+                rate.bytes_per_second as f64 / (1_u64 << 30) as f64
+            );
+        }
+        log::info!(
+            "loops measured in {:?}; for large ranges: zeroing by {}, with reading back by {}",
+            calibration.took,
+            calibration.fastest_zero(u64::MAX),
+            calibration.fastest_zero_and_verify(u64::MAX).0,
+        );
+        calibration
+    })
+}
+
+impl Calibration {
+    /// What was measured, if somebody has measured already.
+    pub(crate) fn if_done() -> Option<&'static Self> {
+        CALIBRATION.get()
+    }
+
+    /// The loop that zeroed `bytes` bytes fastest, or as many as come nearest to it among those that were tried.
+    pub fn fastest_zero(&self, bytes: u64) -> ZeroLoop {
+        self.fastest(Operation::Zero, bytes)
+            .and_then(Loops::zero_loop)
+            .unwrap_or_else(ZeroLoop::best_guess)
+    }
+
+    /// The loop that read `bytes` bytes fastest, or as many as come nearest to it among those that were tried.
+    pub fn fastest_verify(&self, bytes: u64) -> VerifyLoop {
+        match self.fastest(Operation::Verify, bytes) {
+            Some(Loops::Verify(verify_loop)) => verify_loop,
+            _ => VerifyLoop::widest(),
+        }
+    }
+
+    /// The loops that zeroed `bytes` bytes and read them back fastest, or as many as come nearest to it among those that were
+    /// tried.
+    pub fn fastest_zero_and_verify(&self, bytes: u64) -> (ZeroLoop, VerifyLoop) {
+        let zero_loop = self
+            .fastest(Operation::ZeroAndVerify, bytes)
+            .and_then(Loops::zero_loop)
+            .unwrap_or_else(ZeroLoop::best_guess);
+        (zero_loop, self.partner(zero_loop))
+    }
+
+    /// What reads back fastest what `zero_loop` has just written.
+    pub(crate) fn partner(&self, zero_loop: ZeroLoop) -> VerifyLoop {
+        let distance = if zero_loop.is_streaming() {
+            BEYOND_CACHES
+        } else {
+            zero_loop.chunk()
+        };
+        self.fastest_verify(distance as u64)
+    }
+
+    /// Every rate that was measured.
+    pub fn rates(&self) -> impl Iterator<Item = Rate> {
+        self.measured
+            .iter()
+            .filter(|one| one.cost.is_finite())
+            .map(Measured::rate)
+    }
+
+    /// The rates between which the choice for `bytes` bytes was made.
+    pub fn rates_for(&self, operation: Operation, bytes: u64) -> Vec<Rate> {
+        self.at(operation, bytes).map(Measured::rate).collect()
+    }
+
+    /// How long measuring took.
+    pub fn took(&self) -> Duration {
+        self.took
+    }
+
+    fn fastest(&self, operation: Operation, bytes: u64) -> Option<Loops> {
+        self.at(operation, bytes)
+            .min_by(|a, b| a.cost.total_cmp(&b.cost))
+            .map(|one| one.loops)
+    }
+
+    /// The measurements that stand for `bytes` bytes: at the nearest size, or where time ran out before that, at the next
+    /// size below.
+    fn at(&self, operation: Operation, bytes: u64) -> impl Iterator<Item = &Measured> {
+        let wanted = nearest(bytes);
+        let of_operation =
+            move |one: &&Measured| one.loops.operation() == operation && one.cost.is_finite();
+        let sizes = self
+            .measured
+            .iter()
+            .filter(of_operation)
+            .map(|one| one.bytes);
+        let size = sizes.filter(|size| *size <= wanted).max();
+        self.measured
+            .iter()
+            .filter(of_operation)
+            .filter(move |one| Some(one.bytes) == size)
+    }
+
+    fn measure() -> Self {
+        let begun = Instant::now();
+        let mut calibration = Self {
+            measured: Vec::new(),
+            took: Duration::ZERO,
+        };
+        if let Some(scratch) = Scratch::populate(IN_CACHE[IN_CACHE.len() - 1]) {
+            // How to read is settled before reading back is measured.
+            let verify = VerifyLoop::available().map(Loops::Verify);
+            calibration.try_all(verify.collect(), &scratch, begun);
+            let zero = ZeroLoop::available().map(Loops::Zero);
+            let both = ZeroLoop::available().map(Loops::ZeroAndVerify);
+            calibration.try_all(zero.chain(both).collect(), &scratch, begun);
+        }
+        calibration.took = begun.elapsed();
+        calibration
+    }
+
+    /// Measures each of `loops` at every size, in turn, so that whatever disturbs the machine disturbs all of them.
+    fn try_all(&mut self, loops: Vec<Loops>, scratch: &Scratch, begun: Instant) {
+        let mut trials: Vec<Measured> = IN_CACHE
+            .into_iter()
+            .chain([BEYOND_CACHES])
+            .flat_map(|bytes| {
+                loops.iter().map(move |loops| Measured {
+                    bytes,
+                    loops: *loops,
+                    cost: f64::INFINITY,
+                })
+            })
+            .collect();
+        for _ in 0..ROUNDS {
+            for one in &mut trials {
+                if begun.elapsed() + one.expected() < BUDGET {
+                    let verify_loop = match one.loops {
+                        Loops::ZeroAndVerify(zero_loop) => self.partner(zero_loop),
+                        Loops::Verify(verify_loop) => verify_loop,
+                        Loops::Zero(_) => VerifyLoop::widest(),
+                    };
+                    one.cost = one.cost.min(one.try_on(scratch, verify_loop));
+                }
+            }
+        }
+        self.measured.extend(trials);
+    }
+}
+
+/// The measured size that stands for `bytes`: the nearest on a logarithmic scale.
+fn nearest(bytes: u64) -> usize {
+    let distance = |size: usize| ((size as f64).ln() - (bytes.max(1) as f64).ln()).abs();
+    IN_CACHE
+        .into_iter()
+        .chain([BEYOND_CACHES])
+        .min_by(|a, b| distance(*a).total_cmp(&distance(*b)))
+        .unwrap_or(BEYOND_CACHES)
+}
+
+impl Loops {
+    fn operation(self) -> Operation {
+        match self {
+            Loops::Zero(_) => Operation::Zero,
+            Loops::Verify(_) => Operation::Verify,
+            Loops::ZeroAndVerify(_) => Operation::ZeroAndVerify,
+        }
+    }
+
+    fn zero_loop(self) -> Option<ZeroLoop> {
+        match self {
+            Loops::Zero(zero_loop) | Loops::ZeroAndVerify(zero_loop) => Some(zero_loop),
+            Loops::Verify(_) => None,
+        }
+    }
+
+    fn name(self) -> &'static str {
+        match self {
+            Loops::Zero(zero_loop) | Loops::ZeroAndVerify(zero_loop) => zero_loop.name(),
+            Loops::Verify(verify_loop) => verify_loop.name(),
+        }
+    }
+}
+
+impl Measured {
+    fn rate(&self) -> Rate {
+        Rate {
+            operation: self.loops.operation(),
+            bytes: self.bytes as u64,
+            loop_name: self.loops.name().to_owned(),
+            bytes_per_second: (1.0 / self.cost) as u64,
+        }
+    }
+
+    /// How many bytes one pass works on.
+    fn span(&self) -> usize {
+        if self.bytes == BEYOND_CACHES {
+            FLUSHED
+        } else {
+            self.bytes
+        }
+    }
+
+    /// How long the next measurement may take: as long as the last one, or at the pace of the slowest memory.
+    fn expected(&self) -> Duration {
+        const SLOW: f64 = 1.0 / (4_u64 << 30) as f64;
+        let cost = if self.cost.is_finite() {
+            self.cost
+        } else {
+            SLOW
+        };
+        Duration::from_secs_f64(self.span() as f64 * cost).max(SHORTEST)
+    }
+
+    /// Seconds for a byte.
+    fn try_on(&self, scratch: &Scratch, verify_loop: VerifyLoop) -> f64 {
+        let mut bytes = 0;
+        if self.bytes == BEYOND_CACHES {
+            scratch.flush(FLUSHED);
+        }
+        let begun = Instant::now();
+        loop {
+            self.pass(scratch, verify_loop);
+            bytes += self.span();
+            let elapsed = begun.elapsed();
+            if elapsed >= SHORTEST || self.bytes == BEYOND_CACHES {
+                return elapsed.as_secs_f64() / bytes as f64;
+            }
+        }
+    }
+
+    /// What the engine does to as much memory.
+    fn pass(&self, scratch: &Scratch, verify_loop: VerifyLoop) {
+        for start in (0..self.span()).step_by(PIECE) {
+            let at = scratch.at(start);
+            let len = PIECE.min(self.span() - start);
+            // SAFETY: the scratch memory is mapped and initialised, longer than any span, and nobody else's.
+            unsafe {
+                match self.loops {
+                    Loops::Zero(zero_loop) => zero_loop.zero(at, len),
+                    Loops::Verify(_) => {
+                        let _ = verify_loop.first_nonzero(at, len);
+                    }
+                    Loops::ZeroAndVerify(zero_loop) => {
+                        let _ = zero_loop.zero_and_verify(verify_loop, at, len);
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn measured(loops: Loops, bytes: usize, cost: f64) -> Measured {
+        Measured { bytes, loops, cost }
+    }
+
+    fn of(measured: Vec<Measured>) -> Calibration {
+        let took = Duration::ZERO;
+        Calibration { measured, took }
+    }
+
+    #[test]
+    fn the_cheapest_loop_of_the_nearest_size_is_chosen() {
+        let mut loops = ZeroLoop::available();
+        let mut readers = VerifyLoop::available();
+        let (Some(a), Some(b)) = (loops.next(), loops.next()) else {
+            return eprintln!("SKIPPED: this processor has one zeroing loop only");
+        };
+        let (Some(narrow), Some(wide)) = (readers.next(), readers.next()) else {
+            return eprintln!("SKIPPED: this processor has one verification loop only");
+        };
+        let calibration = of(vec![
+            measured(Loops::Zero(a), IN_CACHE[0], 1.0),
+            measured(Loops::Zero(b), IN_CACHE[0], 2.0),
+            measured(Loops::Zero(a), BEYOND_CACHES, 2.0),
+            measured(Loops::Zero(b), BEYOND_CACHES, 1.0),
+            measured(Loops::ZeroAndVerify(b), IN_CACHE[0], 1.0),
+            measured(Loops::ZeroAndVerify(a), BEYOND_CACHES, f64::INFINITY),
+            measured(Loops::Verify(narrow), IN_CACHE[0], 1.0),
+            measured(Loops::Verify(wide), IN_CACHE[0], 2.0),
+            measured(Loops::Verify(narrow), BEYOND_CACHES, 2.0),
+            measured(Loops::Verify(wide), BEYOND_CACHES, 1.0),
+        ]);
+        assert_eq!(calibration.fastest_zero(0), a);
+        assert_eq!(calibration.fastest_zero(4096), a);
+        assert_eq!(calibration.fastest_zero(u64::MAX), b);
+        assert_eq!(calibration.fastest_verify(1), narrow);
+        assert_eq!(calibration.fastest_verify(1 << 40), wide);
+        // The large size was not reached: the small one stands in. Its zeros are read from where they were left.
+        assert!(!b.is_streaming());
+        assert_eq!(calibration.fastest_zero_and_verify(u64::MAX), (b, narrow));
+        assert_eq!(calibration.rates().count(), 9);
+        assert_eq!(calibration.rates_for(Operation::Zero, 1 << 40).len(), 2);
+        let both = calibration.rates_for(Operation::ZeroAndVerify, 1 << 40);
+        assert_eq!((both.len(), both[0].loop_name.as_str()), (1, b.name()));
+    }
+
+    #[test]
+    fn nothing_measured_is_the_processors_word() {
+        let calibration = of(Vec::new());
+        assert_eq!(calibration.fastest_zero(1), ZeroLoop::best_guess());
+        assert_eq!(calibration.fastest_verify(1), VerifyLoop::widest());
+        let guess = (ZeroLoop::best_guess(), VerifyLoop::widest());
+        assert_eq!(calibration.fastest_zero_and_verify(1), guess);
+    }
+
+    #[test]
+    fn sizes_stand_for_their_neighbourhood() {
+        assert_eq!(nearest(0), IN_CACHE[0]);
+        assert_eq!(nearest(5000), IN_CACHE[0]);
+        assert_eq!(nearest(1 << 20), IN_CACHE[3]);
+        assert_eq!(nearest(16 << 20), IN_CACHE[4]);
+        assert_eq!(nearest(32 << 20), BEYOND_CACHES);
+        assert_eq!(nearest(u64::MAX), BEYOND_CACHES);
+    }
+
+    #[test]
+    fn this_host_is_measured_once() {
+        let first = calibration();
+        assert!(std::ptr::eq(first, calibration()));
+        // How many rates there are depends on how busy the machine is.
+        assert!(first.rates().all(|rate| rate.bytes_per_second > 0));
+    }
+}
