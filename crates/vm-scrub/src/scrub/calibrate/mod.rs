@@ -198,48 +198,51 @@ impl Calibration {
     fn measure() -> Self {
         let begun = Instant::now();
         let mut calibration = Self {
-            measured: Vec::new(),
+            measured: trials(),
             took: Duration::ZERO,
         };
         if let Some(scratch) = Scratch::populate(IN_CACHE[IN_CACHE.len() - 1]) {
-            // How to read is settled before reading back is measured.
-            let verify = VerifyLoop::available().map(Loops::Verify);
-            calibration.try_all(verify.collect(), &scratch, begun);
-            let zero = ZeroLoop::available().map(Loops::Zero);
-            let both = ZeroLoop::available().map(Loops::ZeroAndVerify);
-            calibration.try_all(zero.chain(both).collect(), &scratch, begun);
+            for _ in 0..ROUNDS {
+                for trial in 0..calibration.measured.len() {
+                    let mut one = calibration.measured[trial];
+                    if begun.elapsed() + one.expected() < BUDGET {
+                        let cost = one.try_on(&scratch, calibration.reader_for(one.loops));
+                        one.cost = one.cost.min(cost);
+                        calibration.measured[trial] = one;
+                    }
+                }
+            }
         }
         calibration.took = begun.elapsed();
         calibration
     }
 
-    /// Measures each of `loops` at every size, in turn, so that whatever disturbs the machine disturbs all of them.
-    fn try_all(&mut self, loops: Vec<Loops>, scratch: &Scratch, begun: Instant) {
-        let mut trials: Vec<Measured> = IN_CACHE
-            .into_iter()
-            .chain([BEYOND_CACHES])
-            .flat_map(|bytes| {
-                loops.iter().map(move |loops| Measured {
-                    bytes,
-                    loops: *loops,
-                    cost: f64::INFINITY,
-                })
-            })
-            .collect();
-        for _ in 0..ROUNDS {
-            for one in &mut trials {
-                if begun.elapsed() + one.expected() < BUDGET {
-                    let verify_loop = match one.loops {
-                        Loops::ZeroAndVerify(zero_loop) => self.partner(zero_loop),
-                        Loops::Verify(verify_loop) => verify_loop,
-                        Loops::Zero(_) => VerifyLoop::widest(),
-                    };
-                    one.cost = one.cost.min(one.try_on(scratch, verify_loop));
-                }
-            }
+    /// What to read with, as far as is known already.
+    fn reader_for(&self, loops: Loops) -> VerifyLoop {
+        match loops {
+            Loops::Verify(verify_loop) => verify_loop,
+            Loops::Zero(zero_loop) | Loops::ZeroAndVerify(zero_loop) => self.partner(zero_loop),
         }
-        self.measured.extend(trials);
     }
+}
+
+/// Everything that is to be tried. Small sizes come first: they cost little, and stand in for large ones. Reading comes before
+/// reading back. All loops take turns, so that whatever disturbs the machine disturbs all of them.
+fn trials() -> Vec<Measured> {
+    let verify = VerifyLoop::available().map(Loops::Verify);
+    let zero = ZeroLoop::available().map(Loops::Zero);
+    let both = ZeroLoop::available().map(Loops::ZeroAndVerify);
+    let loops: Vec<Loops> = verify.chain(zero).chain(both).collect();
+    let sizes = IN_CACHE.into_iter().chain([BEYOND_CACHES]);
+    sizes
+        .flat_map(|bytes| {
+            loops.iter().map(move |loops| Measured {
+                bytes,
+                loops: *loops,
+                cost: f64::INFINITY,
+            })
+        })
+        .collect()
 }
 
 /// The measured size that stands for `bytes`: the nearest on a logarithmic scale.
