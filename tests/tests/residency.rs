@@ -41,6 +41,24 @@ fn whole(pool: &Pool) -> Lease {
 }
 
 #[test]
+fn a_large_guest_is_asked_about_in_parts_and_nothing_is_lost_between_them() {
+    const PART: u64 = (256 << 20) / PAGE;
+    let pool = pools::builder(PageSize::Base4K, 512)
+        .threads(4)
+        .build()
+        .unwrap();
+    let lease = whole(&pool);
+    let pages = (1..4).flat_map(|part| [part * PART - 1, part * PART]);
+    let written = write_pages(&lease, pages.chain([0, 4 * PART - 1]));
+    let receipt = teardown(lease);
+    assert_eq!(receipt.bytes_scrubbed, written);
+    assert_eq!(receipt.bytes_verified, written);
+    assert_eq!(receipt.bytes_never_populated, 512 * BLOCK_SIZE - written);
+    assert_all_zero(&whole(&pool));
+    assert_nothing_dirty_left(&pool);
+}
+
+#[test]
 fn exactly_the_pages_that_were_written_are_scrubbed() {
     let pages = 8 * BLOCK_SIZE / PAGE;
     let patterns: [Vec<u64>; 5] = [

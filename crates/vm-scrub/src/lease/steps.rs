@@ -4,13 +4,18 @@ use super::account::{Lost, asked_about, outside, parts, quarantined_ranges, tota
 use super::receipt::{Outcome, QuarantineReason, ScrubReceipt, StepTimes};
 use super::{Lease, Quiesced, Refused, Segment, TeardownError};
 use crate::BLOCK_SIZE;
-use crate::backing::Revoked;
+use crate::backing::{BLOCK, Revoked};
 use crate::pool::blocks::{Blocks, Dirty, Scrubbed, State, Verified};
 use crate::pool::{LeaseId, Shared};
-use crate::scrub::{Job, Residency, Verdict, Verify, Work, Zeroed, beyond, fresh_seed};
+use crate::scrub::{
+    Job, Residency, Verdict, Verify, Work, Zeroed, beyond, fresh_seed, pieces, push_joined,
+};
 use std::ops::Range;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+/// How much memory the kernel is asked about in one go, in bytes: the answer takes it as long as waking a thread, or longer.
+const ASKED_AT_ONCE: usize = 256 << 20;
 
 /// A teardown on its way: the blocks in their state, and what the steps so far have found.
 #[derive(Debug)]
@@ -212,7 +217,8 @@ impl<S: State> Steps<S> {
 }
 
 impl Steps<Dirty> {
-    /// Asks the kernel which pages can hold data. Where it does not say, the blocks are quarantined.
+    /// Asks the kernel which pages can hold data, about large leases from several threads. Where it does not say, the blocks
+    /// are quarantined.
     pub(super) fn find_populated(&mut self) {
         let begun = Instant::now();
         let mut populated = Vec::new();
@@ -222,22 +228,19 @@ impl Steps<Dirty> {
             answered += held as u64 + residency.never_populated;
             populated.extend(residency.populated);
         };
-        for segment in &self.segments {
-            // A retired lease that is cancelled comes here twice. What was lost the first time stays lost, and the rest of its
-            // segment holds the guest's bytes like any other.
-            let whole = !segment.blocks().any(|block| self.lost.contains_key(&block));
-            let all = segment.offset..segment.offset + segment.len;
-            if whole && let Ok(residency) = self.pool.backing.residency(all) {
+        let parts = self.parts_to_ask_about();
+        let backing = &self.pool.backing;
+        let ask = |part: usize| backing.residency(parts[part].clone());
+        let answers = self.pool.engine.workers().map(parts.len(), ask);
+        for (part, answered) in parts.iter().zip(answers) {
+            if let Ok(residency) = answered {
                 answer(residency);
                 continue;
             }
             // Once more, block by block: one page that the kernel cannot supply must not cost the whole guest's memory.
-            for (_, part) in parts(std::slice::from_ref(segment)) {
-                let block = part.start as u64 / BLOCK_SIZE;
-                if self.lost.contains_key(&block) {
-                    continue;
-                }
-                match self.pool.backing.residency(part) {
+            for one in pieces(std::slice::from_ref(part), BLOCK) {
+                let block = one.start as u64 / BLOCK_SIZE;
+                match self.pool.backing.residency(one) {
                     Ok(residency) => answer(residency),
                     Err(error) => {
                         log::error!("block {block} quarantined, residency unknown: {error}");
@@ -252,6 +255,18 @@ impl Steps<Dirty> {
         populated.sort_by_key(|range| range.start);
         self.populated = populated;
         self.receipt.steps.residency_ns = nanos(begun.elapsed());
+    }
+
+    /// The lease's memory in parts for one question each, without what is lost already. (A retired lease that is cancelled
+    /// comes here twice; the rest of what it lost a block of holds the guest's bytes like any other.)
+    fn parts_to_ask_about(&self) -> Vec<Range<usize>> {
+        let mut there = Vec::new();
+        for (_, part) in parts(&self.segments) {
+            if !self.lost.contains_key(&(part.start as u64 / BLOCK_SIZE)) {
+                push_joined(&mut there, part);
+            }
+        }
+        pieces(&there, ASKED_AT_ONCE)
     }
 
     pub(super) fn scrubbed(mut self, zeroed: &Zeroed) -> Steps<Scrubbed> {

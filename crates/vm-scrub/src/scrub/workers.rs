@@ -44,6 +44,23 @@ impl Workers {
         1
     }
 
+    /// The results of `one` for each number below `count`, in order. Where there is only one it is the caller who works.
+    #[cfg(feature = "vm-memory")]
+    pub(crate) fn map<T: Send>(
+        &self,
+        count: usize,
+        one: impl Fn(usize) -> T + Send + Sync,
+    ) -> Vec<T> {
+        #[cfg(feature = "rayon")]
+        if let Some(pool) = &self.pool
+            && count > 1
+        {
+            use rayon::prelude::*;
+            return pool.install(|| (0..count).into_par_iter().map(one).collect());
+        }
+        (0..count).map(one).collect()
+    }
+
     /// Every thread calls `work` once; returns when all have.
     pub(crate) fn all(&self, work: impl Fn() + Sync) {
         #[cfg(feature = "rayon")]
