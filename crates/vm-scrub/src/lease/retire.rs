@@ -254,7 +254,7 @@ impl Retired {
     }
 
     /// Takes pieces until there are none left, it is cancelled, or `go_on` says no.
-    fn take_pieces(&self, go_on: &mut dyn FnMut(usize) -> bool) {
+    fn take_batches(&self, go_on: &mut dyn FnMut(usize) -> bool) {
         if let Some(_active) = self.enter() {
             let go_on = |bytes| go_on(bytes) && !self.cancelled.load(Ordering::SeqCst);
             self.job.work(go_on, self.watch.as_deref());
@@ -272,12 +272,12 @@ impl Chore for Retired {
     }
 
     fn work(&self, go_on: &mut dyn FnMut(usize) -> bool) {
-        self.take_pieces(go_on);
+        self.take_batches(go_on);
     }
 
     fn work_with(&self, workers: &Workers) {
         // Who helps is not who made the callback: it has given the lease up, and that is all that it should do.
-        let work = || workers.all(|| self.take_pieces(&mut |_| true));
+        let work = || workers.all(|| self.take_batches(&mut |_| true));
         if std::panic::catch_unwind(std::panic::AssertUnwindSafe(work)).is_err() {
             log::error!("{}: a thread panicked while it scrubbed", self.lease);
         }
@@ -317,7 +317,7 @@ impl Chore for Retired {
 
     fn has_work(&self) -> bool {
         let waiting = matches!(&*self.state(), State::Waiting(_));
-        let to_do = self.job.has_pieces() || self.job.is_done();
+        let to_do = self.job.has_batches() || self.job.is_done();
         waiting && to_do && !self.cancelled.load(Ordering::SeqCst)
     }
 

@@ -1,9 +1,9 @@
 //! Which loop treats which memory, and with which threads.
 
+use super::batches::Batches;
 use super::calibrate::{Calibration, Operation, Rate, calibration};
 use super::job::{Job, Watch};
 use super::pass::{HostPtr, Pass, Work};
-use super::plan::{self, PIECE};
 use super::policy::{Policy, Verify};
 use super::workers::Workers;
 use crate::arch::{UnknownLoop, VerifyLoop, ZeroLoop};
@@ -145,8 +145,8 @@ impl Engine {
             #[cfg(any(test, feature = "test-support"))]
             sabotage: self.sabotage,
         };
-        // SAFETY: passed on to the caller; cutting leaves the pieces disjoint.
-        unsafe { Job::new(pass, work, plan::pieces(ranges, PIECE)) }
+        // SAFETY: passed on to the caller.
+        unsafe { Job::new(pass, work, Batches::new(ranges.to_vec())) }
     }
 
     /// Does all of a job now, with all workers.

@@ -1,13 +1,13 @@
 //! A range that is being worked on by any number of threads, in pieces.
 //!
-//! Threads take the next piece from a counter, so none idles while another has a queue, and stop between two pieces when
-//! they are told to. The job is done when all pieces are; whoever sees that first may [settle](Job::settle) it.
+//! Threads take the next batch when they have done one, so none idles while another has a queue, and stop between two batches
+//! when they are told to. The job is done when all bytes are; whoever sees that first may [settle](Job::settle) it.
 
+use super::batches::Batches;
 use super::pass::{Pass, Tally, Work};
 use super::workers::Workers;
 use crate::arch::{VerifyLoop, ZeroLoop};
-use std::ops::Range;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 /// Proof that zeros were written to a job's every piece. Made by [`Job::settle`] only.
@@ -74,28 +74,24 @@ pub(crate) type Watch = dyn Fn(u64, u64) + Send + Sync;
 pub(crate) struct Job {
     pass: Pass,
     work: Work,
-    pieces: Vec<Range<usize>>,
+    batches: Batches,
     total: u64,
-    next: AtomicUsize,
-    finished: AtomicUsize,
     done: AtomicU64,
     tally: Tally,
 }
 
 impl Job {
-    /// A job over `pieces`, which are relative to the pass's base.
+    /// A job over `batches`, which are relative to the pass's base.
     ///
     /// # Safety
-    /// Until the job is settled or dropped the pieces must be disjoint, mapped readable and writable, and nobody else may
+    /// Until the job is settled or dropped the ranges must be disjoint, mapped readable and writable, and nobody else may
     /// access them.
-    pub(crate) unsafe fn new(pass: Pass, work: Work, pieces: Vec<Range<usize>>) -> Self {
+    pub(crate) unsafe fn new(pass: Pass, work: Work, batches: Batches) -> Self {
         Self {
             pass,
             work,
-            total: pieces.iter().map(|piece| piece.len() as u64).sum(),
-            pieces,
-            next: AtomicUsize::new(0),
-            finished: AtomicUsize::new(0),
+            total: batches.bytes(),
+            batches,
             done: AtomicU64::new(0),
             tally: Tally::default(),
         }
@@ -116,9 +112,9 @@ impl Job {
         (self.done.load(Ordering::Relaxed), self.total)
     }
 
-    /// Whether there are pieces that nobody has taken yet.
-    pub(crate) fn has_pieces(&self) -> bool {
-        self.next.load(Ordering::Relaxed) < self.pieces.len()
+    /// Whether there is something that nobody has taken yet.
+    pub(crate) fn has_batches(&self) -> bool {
+        self.batches.upcoming() > 0
     }
 
     /// How long threads have worked on it, all together.
@@ -126,36 +122,35 @@ impl Job {
         self.tally.thread_time()
     }
 
-    /// Whether every piece is done. What was stored to them is visible to whoever sees `true`.
+    /// Whether everything is done. What was stored is visible to whoever sees `true`.
     pub(crate) fn is_done(&self) -> bool {
-        self.finished.load(Ordering::Acquire) == self.pieces.len()
+        self.done.load(Ordering::Acquire) == self.total
     }
 
-    /// Takes pieces one after the other, until there are none left or `go_on`, asked with the length of the next piece before
-    /// each, says no. `watch` hears of each piece.
+    /// Takes batches one after the other, until there are none left or `go_on`, asked with the bytes of the next one before
+    /// each, says no. `watch` hears of each batch.
     pub(crate) fn work(&self, mut go_on: impl FnMut(usize) -> bool, watch: Option<&Watch>) {
         loop {
-            let upcoming = self.pieces.get(self.next.load(Ordering::Relaxed));
-            if !upcoming.is_some_and(|piece| go_on(piece.len())) {
+            let upcoming = self.batches.upcoming();
+            if upcoming == 0 || !go_on(upcoming) {
                 return;
             }
-            let Some(piece) = self.pieces.get(self.next.fetch_add(1, Ordering::Relaxed)) else {
+            let Some(batch) = self.batches.take() else {
                 return;
             };
-            // SAFETY: whoever made the job promised that its pieces are disjoint and nobody else's; the counter gives each
-            // to one thread.
-            unsafe { self.pass.run(self.work, piece.clone(), &self.tally) };
-            let bytes = piece.len() as u64;
-            let done = self.done.fetch_add(bytes, Ordering::Relaxed) + bytes;
+            // SAFETY: whoever made the job promised that its ranges are disjoint and nobody else's; each batch is handed out
+            // once.
+            unsafe { self.pass.run(self.work, batch.pieces(), &self.tally) };
             // Publishes the zeros, which the loop has fenced on this thread, to whoever sees that the job is done.
-            self.finished.fetch_add(1, Ordering::Release);
+            let bytes = batch.bytes as u64;
+            let done = self.done.fetch_add(bytes, Ordering::AcqRel) + bytes;
             if let Some(watch) = watch {
                 watch(done, self.total);
             }
         }
     }
 
-    /// All workers take pieces until there are none left.
+    /// All workers take batches until there are none left.
     pub(crate) fn work_with(&self, workers: &Workers, watch: Option<&Watch>) {
         workers.all(|| self.work(|_| true, watch));
     }
@@ -172,9 +167,9 @@ impl Job {
         let suspects = self.tally.take_suspects();
         if let Some(first) = suspects.first() {
             log::warn!(
-                "{} of {} pieces are not zero after scrubbing, among them that at pool offset {:#x}: scrubbing them again",
+                "{} pieces of {} bytes are not zero after scrubbing, among them that at pool offset {:#x}: scrubbing them again",
                 suspects.len(),
-                self.pieces.len(),
+                self.total,
                 first.start
             );
         }

@@ -3,6 +3,7 @@
 //! [`scrub`] and [`scrub_raw`] are for memory that vm-scrub did not allocate. A pool scrubs its own memory with the same
 //! engine, in parallel, and asks the kernel first which pages there are.
 
+mod batches;
 mod calibrate;
 mod direct;
 mod engine;

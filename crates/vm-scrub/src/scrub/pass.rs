@@ -92,7 +92,7 @@ impl Tally {
         Duration::from_nanos(nanos)
     }
 
-    /// Counts the time for a piece: `all` of it, divided in the ratio of `zeroing` to `reading`.
+    /// Counts `all` the time for a batch, divided in the ratio of `zeroing` to `reading`.
     fn add_time(&self, zeroing: Duration, reading: Duration, all: Duration) {
         let share = zeroing.as_nanos() as f64 / (zeroing + reading).as_nanos().max(1) as f64;
         let all = all.as_nanos() as u64;
@@ -117,76 +117,120 @@ impl Tally {
 }
 
 impl Pass {
-    /// Does `work` on `piece` and counts it in `tally`.
+    /// Does `work` on `pieces` and counts it in `tally`.
     ///
     /// # Safety
-    /// The piece must be readable and writable, and nobody else may access it meanwhile.
-    pub(crate) unsafe fn run(&self, work: Work, piece: Range<usize>, tally: &Tally) {
-        let fused = work == Work::ZeroAndRead && self.verify == Verify::Full;
-        // Where zeroing and reading take turns, they are timed at the first: asking for the time at each would cost as much
-        // as the work.
-        let head = if fused {
+    /// The pieces must be readable and writable, and nobody else may access them meanwhile.
+    pub(crate) unsafe fn run(
+        &self,
+        work: Work,
+        mut pieces: impl Iterator<Item = Range<usize>>,
+        tally: &Tally,
+    ) {
+        let Some(first) = pieces.next() else {
+            return;
+        };
+        let begun = Instant::now();
+        let (mut zeroed, mut read, mut suspects) = (0, 0, Vec::new());
+        let mut count = |piece: Range<usize>, outcome| {
+            if work != Work::Read {
+                zeroed += piece.len() as u64;
+            }
+            match outcome {
+                Ok(bytes) => read += bytes,
+                Err(_) => suspects.push(piece),
+            }
+        };
+        // SAFETY: passed on to the caller.
+        let (outcome, zeroing, reading) = unsafe { self.treat_and_time(work, &first) };
+        count(first, outcome);
+        for piece in pieces {
+            // SAFETY: passed on to the caller.
+            let outcome = unsafe { self.treat(work, &piece, &piece) };
+            count(piece, outcome);
+        }
+        tally.add_time(zeroing, reading, begun.elapsed());
+        tally.zeroed.fetch_add(zeroed, Ordering::Relaxed);
+        tally.read.fetch_add(read, Ordering::Relaxed);
+        if !suspects.is_empty() {
+            tally
+                .suspects
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner)
+                .append(&mut suspects);
+        }
+    }
+
+    /// Treats a piece, and says how long zeroing and reading took at its beginning: where the two take turns, asking for the
+    /// time at each would cost as much as the work.
+    ///
+    /// # Safety
+    /// As for [`Pass::run`].
+    unsafe fn treat_and_time(
+        &self,
+        work: Work,
+        piece: &Range<usize>,
+    ) -> (Result<u64, usize>, Duration, Duration) {
+        let head = if self.takes_turns(work) {
             piece.start..piece.end.min(piece.start + self.zero_loop.chunk())
         } else {
             piece.clone()
         };
         let begun = Instant::now();
-        if work != Work::Read && !self.skips(&piece) {
+        if work != Work::Read && !self.skips(piece) {
             // SAFETY: passed on to the caller.
             unsafe { self.zero(&head) };
         }
         let zeroed = Instant::now();
-        let mut read = match work {
-            Work::Zero => Ok(0),
+        let reads = work != Work::Zero && self.verify != Verify::None;
+        let (mut outcome, mut reading) = (Ok(0), Duration::ZERO);
+        if reads {
             // SAFETY: passed on to the caller.
-            Work::Read | Work::ZeroAndRead => unsafe { self.read_back(&head) },
-        };
-        let head_done = Instant::now();
+            outcome = unsafe { self.read_back(&head) };
+            reading = zeroed.elapsed();
+        }
         let rest = head.end..piece.end;
         if !rest.is_empty() {
             // SAFETY: passed on to the caller.
-            let more = unsafe { self.take_turns(&piece, &rest) };
-            read = read.and_then(|bytes| Ok(bytes + more?));
+            let more = unsafe { self.treat(work, piece, &rest) };
+            outcome = outcome.and_then(|bytes| Ok(bytes + more?));
         }
-        let reads = work != Work::Zero && self.verify != Verify::None;
-        let reading = if reads {
-            head_done - zeroed
-        } else {
-            Duration::ZERO
-        };
-        tally.add_time(zeroed - begun, reading, begun.elapsed());
-        if work != Work::Read {
-            tally
-                .zeroed
-                .fetch_add(piece.len() as u64, Ordering::Relaxed);
-        }
-        match read {
-            Ok(bytes) => {
-                tally.read.fetch_add(bytes, Ordering::Relaxed);
-            }
-            Err(_) => tally
-                .suspects
-                .lock()
-                .unwrap_or_else(PoisonError::into_inner)
-                .push(piece),
-        }
+        (outcome, zeroed - begun, reading)
     }
 
-    /// Zeroes and reads `rest` of a piece in turn.
+    /// Whether a piece is zeroed and read back a chunk at a time.
+    fn takes_turns(&self, work: Work) -> bool {
+        work == Work::ZeroAndRead && self.verify == Verify::Full
+    }
+
+    /// Does `work` on a part of a piece.
     ///
     /// # Safety
     /// As for [`Pass::run`].
-    unsafe fn take_turns(&self, piece: &Range<usize>, rest: &Range<usize>) -> Result<u64, usize> {
-        if self.skips(piece) {
-            // SAFETY: passed on to the caller.
-            return unsafe { self.read_back(rest) };
-        }
+    unsafe fn treat(
+        &self,
+        work: Work,
+        piece: &Range<usize>,
+        part: &Range<usize>,
+    ) -> Result<u64, usize> {
+        let zeroes = work != Work::Read && !self.skips(piece);
         // SAFETY: passed on to the caller.
-        let found = unsafe {
-            self.zero_loop
-                .zero_and_verify(self.verify_loop, self.base.at(rest.start), rest.len())
-        };
-        found.map_or(Ok(rest.len() as u64), |offset| Err(rest.start + offset))
+        unsafe {
+            if zeroes && self.takes_turns(work) {
+                let at = self.base.at(part.start);
+                let found = self
+                    .zero_loop
+                    .zero_and_verify(self.verify_loop, at, part.len());
+                return found.map_or(Ok(part.len() as u64), |offset| Err(part.start + offset));
+            }
+            if zeroes {
+                self.zero(part);
+            }
+            match work {
+                Work::Zero => Ok(0),
+                Work::Read | Work::ZeroAndRead => self.read_back(part),
+            }
+        }
     }
 
     /// Scrubs a suspect piece once more. `Ok` is the number of bytes that were read and are zero, `Err` the offset of the
