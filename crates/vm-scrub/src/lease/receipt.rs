@@ -112,7 +112,7 @@ pub struct ScrubReceipt {
     pub sample_seed: Option<u64>,
     /// The rates between which the zeroing loop was chosen; empty if it was named, or guessed.
     pub calibration: Vec<Rate>,
-    /// How many threads worked at the same time.
+    /// How many threads worked at the same time: one, if there was little to do.
     pub threads: usize,
     /// The time from the call of teardown to the receipt, in nanoseconds.
     pub elapsed_ns: u64,

@@ -193,10 +193,10 @@ impl<S: State> Steps<S> {
     }
 
     /// Runs a job with all workers, and settles it.
-    pub(super) fn run(&self, job: &Job) -> (Zeroed, Verdict) {
+    pub(super) fn run(&mut self, job: &Job) -> (Zeroed, Verdict) {
         let started = Instant::now();
         let watch = self.pool.watch(self.receipt.lease);
-        self.pool.engine.run(job, watch.as_deref());
+        self.receipt.threads = self.pool.engine.run(job, watch.as_deref());
         job.settle(started.elapsed())
             .expect("the workers have done every piece or panicked")
     }

@@ -149,8 +149,8 @@ impl Engine {
         unsafe { Job::new(pass, work, Batches::new(ranges.to_vec())) }
     }
 
-    /// Does all of a job now, with all workers.
-    pub(crate) fn run(&self, job: &Job, watch: Option<&Watch>) {
-        job.work_with(&self.workers, watch);
+    /// Does all of a job now. Returns with how many threads.
+    pub(crate) fn run(&self, job: &Job, watch: Option<&Watch>) -> usize {
+        job.work_with(&self.workers, watch)
     }
 }
