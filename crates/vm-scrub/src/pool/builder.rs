@@ -2,7 +2,7 @@
 
 use super::background::Background;
 use super::throttle::{Clock, SystemClock, Throttle};
-use super::{Ledger, OnProgress, PageSize, Pool, Progress, ScrubRate, Shared};
+use super::{Ledger, MOST_BLOCKS, OnProgress, PageSize, Pool, Progress, ScrubRate, Shared};
 use crate::BLOCK_SIZE;
 use crate::arch::UnknownLoop;
 use crate::backing::{AnonymousArena, BLOCK, Backing, HugetlbArena, HugetlbError, WindowSpace};
@@ -223,6 +223,7 @@ impl PoolBuilder {
         let len = usize::try_from(capacity)
             .ok()
             .filter(|len| *len > 0 && len.is_multiple_of(BLOCK))
+            .filter(|_| capacity / BLOCK_SIZE <= MOST_BLOCKS)
             .ok_or(PoolError::Capacity { capacity })?;
         let threads = self
             .threads

@@ -28,12 +28,27 @@ impl Extent {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Overlap;
 
+/// The most blocks that a pool can have: 8 PiB, more than 47 bits of an address reach. It lets a run be kept in eight bytes.
+pub(crate) const MOST_BLOCKS: u64 = u32::MAX as u64;
+
 /// A set of blocks.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(crate) struct ExtentSet {
     // First block -> number of blocks.
-    runs: BTreeMap<u64, u64>,
+    runs: BTreeMap<u32, u32>,
     blocks: u64,
+}
+
+fn extent((first, blocks): (&u32, &u32)) -> Extent {
+    Extent {
+        first: u64::from(*first),
+        blocks: u64::from(*blocks),
+    }
+}
+
+/// The block as a key; `None` if no pool has it.
+fn key(block: u64) -> Option<u32> {
+    u32::try_from(block).ok()
 }
 
 impl ExtentSet {
@@ -43,32 +58,34 @@ impl ExtentSet {
     }
 
     /// The extents, in ascending order; none touches the next.
-    #[cfg(test)]
     pub(crate) fn iter(&self) -> impl Iterator<Item = Extent> {
-        self.runs
-            .iter()
-            .map(|(&first, &blocks)| Extent { first, blocks })
+        self.runs.iter().map(extent)
     }
 
-    /// Adds `extent`, or changes nothing if any of its blocks is there already.
-    pub(crate) fn insert(&mut self, extent: Extent) -> Result<(), Overlap> {
-        let before = self.runs.range(..=extent.first).next_back();
-        let after = self.runs.range(extent.first..).next();
-        if before.is_some_and(|(first, blocks)| first + blocks > extent.first)
-            || after.is_some_and(|(&first, _)| first < extent.end())
+    /// Adds `extent`, or changes nothing if any of its blocks is there already, or beyond what a pool can have.
+    pub(crate) fn insert(&mut self, added: Extent) -> Result<(), Overlap> {
+        let start = key(added.first).ok_or(Overlap)?;
+        let end = key(added.end()).ok_or(Overlap)?;
+        let before = self.runs.range(..=start).next_back().map(extent);
+        let after = self.runs.range(start..).next().map(extent);
+        if before.is_some_and(|run| run.end() > added.first)
+            || after.is_some_and(|run| run.first < added.end())
         {
             return Err(Overlap);
         }
-        let joins_before = before.filter(|(first, blocks)| *first + **blocks == extent.first);
-        let joins_after = after.filter(|(first, _)| **first == extent.end());
-        let first = joins_before.map_or(extent.first, |(&first, _)| first);
-        let mut blocks = extent.blocks + joins_before.map_or(0, |(_, &blocks)| blocks);
-        if let Some((&next, &more)) = joins_after {
-            blocks += more;
-            self.runs.remove(&next);
+        let mut joined = added;
+        if let Some(run) = before.filter(|run| run.end() == added.first) {
+            joined = Extent {
+                first: run.first,
+                blocks: run.blocks + joined.blocks,
+            };
         }
-        self.runs.insert(first, blocks);
-        self.blocks += extent.blocks;
+        if let Some(run) = after.filter(|run| run.first == added.end()) {
+            joined.blocks += run.blocks;
+            self.runs.remove(&end);
+        }
+        self.put(joined);
+        self.blocks += added.blocks;
         Ok(())
     }
 
@@ -82,40 +99,50 @@ impl ExtentSet {
         }
         let mut taken = Vec::new();
         while blocks > 0 {
-            let fits = self.runs.iter().filter(|(_, len)| **len >= blocks);
-            let (&first, &len) = fits
-                .min_by_key(|(_, len)| **len)
-                .or_else(|| self.runs.iter().max_by_key(|(_, len)| **len))?;
-            let cut = len.min(blocks);
-            self.runs.remove(&first);
-            if cut < len {
-                self.runs.insert(first + cut, len - cut);
-            }
-            self.blocks -= cut;
-            blocks -= cut;
-            taken.push(Extent { first, blocks: cut });
+            let fits = self.iter().filter(|run| run.blocks >= blocks);
+            let run = fits
+                .min_by_key(|run| run.blocks)
+                .or_else(|| self.iter().max_by_key(|run| run.blocks))?;
+            let cut = Extent {
+                first: run.first,
+                blocks: run.blocks.min(blocks),
+            };
+            self.remove(cut).ok()?;
+            blocks -= cut.blocks;
+            taken.push(cut);
         }
         Some(taken)
     }
 
     /// Takes exactly `extent` out, or changes nothing if the set does not hold all of it.
-    pub(crate) fn remove(&mut self, extent: Extent) -> Result<(), Overlap> {
-        let (&first, &blocks) = self
+    pub(crate) fn remove(&mut self, removed: Extent) -> Result<(), Overlap> {
+        let start = key(removed.first).ok_or(Overlap)?;
+        let run = self
             .runs
-            .range(..=extent.first)
+            .range(..=start)
             .next_back()
-            .filter(|(first, blocks)| **first + **blocks >= extent.end())
+            .map(extent)
+            .filter(|run| run.end() >= removed.end())
             .ok_or(Overlap)?;
-        self.runs.remove(&first);
-        if first < extent.first {
-            self.runs.insert(first, extent.first - first);
-        }
-        if extent.end() < first + blocks {
-            self.runs
-                .insert(extent.end(), first + blocks - extent.end());
-        }
-        self.blocks -= extent.blocks;
+        // What is left before it is put where the run was.
+        self.runs.remove(&key(run.first).ok_or(Overlap)?);
+        self.put(Extent {
+            first: run.first,
+            blocks: removed.first - run.first,
+        });
+        self.put(Extent {
+            first: removed.end(),
+            blocks: run.end() - removed.end(),
+        });
+        self.blocks -= removed.blocks;
         Ok(())
+    }
+
+    /// Keeps a run that touches no other, unless it is empty.
+    fn put(&mut self, run: Extent) {
+        if let (Some(first), Some(blocks @ 1..)) = (key(run.first), key(run.blocks)) {
+            self.runs.insert(first, blocks);
+        }
     }
 }
 

@@ -25,6 +25,7 @@ pub use background::Priority;
 pub(crate) use background::{Background, Chore};
 pub use builder::{PoolBuilder, PoolError};
 pub use extents::Extent;
+use extents::MOST_BLOCKS;
 pub(crate) use extents::deal;
 pub use ledger::Accounts;
 pub(crate) use ledger::Ledger;
