@@ -26,7 +26,8 @@ pub(crate) enum Benchmark {
     Sparse,
     /// A KVM guest's first touch of all its memory, recycled and fresh
     Guest,
-    /// What a cache-sensitive workload loses while another core scrubs
+    /// What a cache-sensitive workload loses while another core scrubs, by loop and with the throttle; and whether the throttle
+    /// keeps the rate that it is given
     Neighbour,
     /// More threads than cores
     Scaling,

@@ -38,6 +38,9 @@ pub(crate) struct Labels {
     /// How often the neighbour reads memory in one run.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) accesses: Option<u64>,
+    /// How fast scrubbing in the background was to be, in GiB/s.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) asked_gib_per_s: Option<f64>,
     /// How fast the other core zeroed meanwhile, in GiB/s.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) scrub_gib_per_s: Option<f64>,
@@ -130,6 +133,9 @@ pub(crate) struct Row {
     /// The rate as a fraction of the best that any contender of this group reached in the same operation.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) of_ceiling: Option<f64>,
+    /// The rate as a fraction of the one that was asked for.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) of_asked: Option<f64>,
     #[serde(flatten, skip_serializing_if = "Option::is_none")]
     pub(crate) comparison: Option<Comparison>,
     pub(crate) warnings: Vec<Warning>,

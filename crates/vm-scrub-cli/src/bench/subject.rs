@@ -3,6 +3,10 @@
 use super::row::Labels;
 use super::warning::Warning;
 use std::any::Any;
+use std::time::Duration;
+
+/// What is repeatable is repeated for at least this long in one run: 40,000 times the clock's resolution of about 50 ns.
+const SHORTEST_RUN: Duration = Duration::from_millis(2);
 
 /// Something whose time is taken.
 ///
@@ -20,6 +24,16 @@ pub(crate) trait Subject {
 
     /// Whether a run can be repeated without `prepare`, so that what is short can be timed many times in a row.
     fn is_repeatable(&self) -> bool {
+        false
+    }
+
+    /// How long a run of something repeatable takes at least.
+    fn shortest_run(&self) -> Duration {
+        SHORTEST_RUN
+    }
+
+    /// Whether a run takes seconds because that is the question. Then a few runs are enough, and none is for warming up.
+    fn is_long(&self) -> bool {
         false
     }
 

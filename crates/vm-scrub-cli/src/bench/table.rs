@@ -83,6 +83,12 @@ fn columns(rows: &[Row]) -> Vec<Column> {
         ("of the best".into(), |row| {
             optional(row.of_ceiling, units::percent)
         }),
+        ("asked for".into(), |row| {
+            optional(row.labels.asked_gib_per_s, units::rate)
+        }),
+        ("of that".into(), |row| {
+            optional(row.of_asked, |share| format!("{:.2} %", share * 100.0))
+        }),
         ("an access".into(), |row| {
             optional(row.ns_per_access(), units::time)
         }),

@@ -8,7 +8,7 @@ use crate::bench::warning::Warning;
 use anyhow::{Context, ensure};
 use std::rc::Rc;
 use vm_memory::GuestAddress;
-use vm_scrub::{Lease, PageSize, Policy, Pool, Quiesced, ScrubReceipt, Verify};
+use vm_scrub::{Lease, PageSize, Policy, Pool, Quiesced, ScrubReceipt, Ticket, Verify};
 
 /// A pool of exactly `bytes` bytes, populated.
 pub(super) fn pool(
@@ -50,6 +50,17 @@ pub(super) fn teardown(lease: Lease) -> anyhow::Result<ScrubReceipt> {
         receipt.quarantined
     );
     Ok(receipt)
+}
+
+/// Revokes a lease that only the harness has used; it is scrubbed in the background.
+///
+/// # Errors
+///
+/// If it is refused.
+pub(super) fn retire(lease: Lease) -> anyhow::Result<Ticket> {
+    // SAFETY: as in `teardown`.
+    let quiesced = unsafe { Quiesced::assert(&lease) };
+    Ok(lease.retire(quiesced)?)
 }
 
 /// vm-scrub's complete path: revoke, scrub, verify, recycle, and grant to the next guest, ready and resident.

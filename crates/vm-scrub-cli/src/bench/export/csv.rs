@@ -33,11 +33,13 @@ const COLUMNS: &[&str] = &[
     "warm",
     "gib_per_s",
     "of_ceiling",
+    "of_asked",
     "baseline",
     "ratio",
     "ratio_q1",
     "ratio_q3",
     "accesses",
+    "asked_gib_per_s",
     "scrub_gib_per_s",
     "warnings",
 ];

@@ -28,6 +28,7 @@ fn row(benchmark: Benchmark, group: &str, labels: Labels, millis: [f64; 4]) -> R
         warmup_runs: 2,
         warm: true,
         of_ceiling: None,
+        of_asked: None,
         comparison: None,
         warnings: Vec::new(),
         times_ns,

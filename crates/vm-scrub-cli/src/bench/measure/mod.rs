@@ -24,8 +24,8 @@ const WARMUP: (usize, usize) = (2, 5);
 /// Further warm-up has to make the best time better by this fraction to be worth it.
 const STILL_WARMING: f64 = 0.05;
 
-/// What is repeatable is repeated for at least this long in one run: 40,000 times the clock's resolution of about 50 ns.
-const SAMPLE: Duration = Duration::from_millis(2);
+/// Timed runs of what is long, if nobody said how many: the fewest that have quartiles of their own.
+const LONG_RUNS: usize = 5;
 
 /// How often to measure.
 #[derive(Debug, Clone)]
@@ -78,8 +78,10 @@ impl Turn {
         }
         if let Some(nanos) = self.cycle() {
             self.sample.warmup.push(nanos);
-            if self.contender.subject.is_repeatable() {
-                self.sample.iterations = (SAMPLE.as_nanos() as f64 / nanos.max(0.1)).ceil() as u64;
+            let subject = &self.contender.subject;
+            if subject.is_repeatable() {
+                let run = subject.shortest_run().as_nanos() as f64;
+                self.sample.iterations = (run / nanos.max(0.1)).ceil() as u64;
             }
         }
     }
@@ -87,6 +89,7 @@ impl Turn {
     fn is_warm(&self, effort: &Effort) -> bool {
         let done = self.sample.warmup.len();
         match effort.warmup {
+            _ if self.contender.subject.is_long() => true,
             Some(wanted) => done >= wanted as usize,
             None => {
                 done >= WARMUP.1 || (done >= WARMUP.0 && self.sample.has_settled(STILL_WARMING))
@@ -94,15 +97,19 @@ impl Turn {
         }
     }
 
+    /// How many runs there should be at least.
+    fn wanted(&self, effort: &Effort) -> usize {
+        match effort.runs {
+            Some(wanted) => wanted as usize,
+            None if self.contender.subject.is_long() => LONG_RUNS,
+            None => RUNS.0,
+        }
+    }
+
     fn is_done(&self, effort: &Effort) -> bool {
         let done = self.sample.times.len();
-        match effort.runs {
-            Some(wanted) => done >= wanted as usize,
-            None => {
-                let time = self.sample.timed_nanos();
-                done >= RUNS.1 || (done >= RUNS.0 && time >= effort.min_time.as_nanos() as f64)
-            }
-        }
+        let enough_time = || self.sample.timed_nanos() >= effort.min_time.as_nanos() as f64;
+        done >= self.wanted(effort) && (effort.runs.is_some() || done >= RUNS.1 || enough_time())
     }
 }
 
@@ -153,7 +160,6 @@ pub(crate) fn measure(
     }
     let load = meter.stop();
 
-    let wanted = effort.runs.map_or(RUNS.0, |runs| runs as usize);
     let doubts: Vec<_> = turns
         .iter_mut()
         .map(|turn| turn.contender.subject.doubts())
@@ -163,9 +169,14 @@ pub(crate) fn measure(
             continue;
         };
         turn.contender.subject.observe(&mut row.labels);
-        row.warnings = warnings(&turn.sample, wanted, load);
+        row.warnings = warnings(&turn.sample, turn.wanted(effort), load);
         row.warnings.extend(doubts);
         row.warm = !turn.sample.is_cold();
+        // A workload's rate is not that of the scrub beside it.
+        row.of_asked = match (row.labels.asked_gib_per_s, row.labels.accesses) {
+            (Some(asked), None) if asked > 0.0 => Some(row.gib_per_s / asked),
+            _ => None,
+        };
         row.comparison = turn.contender.baseline.as_ref().and_then(|baseline| {
             let other = turns
                 .iter()

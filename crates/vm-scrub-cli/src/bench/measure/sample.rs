@@ -90,6 +90,7 @@ impl Sample {
             warm: true,
             gib_per_s: gib_per_s(labels.bytes, summary.median),
             of_ceiling: None,
+            of_asked: None,
             comparison: None,
             warnings: Vec::new(),
             times_ns: self.times.clone(),

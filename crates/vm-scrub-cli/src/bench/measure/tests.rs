@@ -15,6 +15,7 @@ struct Fake {
     fail_at: Option<usize>,
     cycles: usize,
     repeatable: bool,
+    long: bool,
 }
 
 impl Subject for Fake {
@@ -39,6 +40,10 @@ impl Subject for Fake {
     fn is_repeatable(&self) -> bool {
         self.repeatable
     }
+
+    fn is_long(&self) -> bool {
+        self.long
+    }
 }
 
 fn group(log: &Log, fakes: &[(&'static str, Option<usize>)]) -> Group {
@@ -55,6 +60,7 @@ fn group(log: &Log, fakes: &[(&'static str, Option<usize>)]) -> Group {
             fail_at,
             cycles: 0,
             repeatable: name == "repeatable",
+            long: name == "long",
         };
         Contender::new(labels, fake).against("a")
     });
@@ -68,12 +74,16 @@ fn run(group: &mut Group, runs: u32, warmup: u32, max_time: Duration) -> Measure
         max_time,
         warmup: Some(warmup),
     };
+    run_with(group, &effort)
+}
+
+fn run_with(group: &mut Group, effort: &Effort) -> Measured {
     let (progress, interrupt) = (Progress::hidden(), Interrupt::never());
     measure(
         Benchmark::Loops,
         "fakes",
         group,
-        &effort,
+        effort,
         &progress,
         &interrupt,
     )
@@ -136,4 +146,40 @@ fn only_what_is_repeatable_is_repeated() {
     assert!(measured.failed.is_empty(), "{measured:?}");
     assert_eq!(measured.rows[0].iterations, 1);
     assert!(measured.rows[1].iterations > 1);
+}
+
+#[test]
+fn a_few_runs_of_what_is_long_are_enough() {
+    let unsaid = Effort {
+        runs: None,
+        min_time: Duration::ZERO,
+        max_time: LONG,
+        warmup: None,
+    };
+    let log = Log::default();
+    let long = run_with(&mut group(&log, &[("long", None)]), &unsaid);
+    assert_eq!(
+        (long.rows[0].runs, long.rows[0].warmup_runs),
+        (LONG_RUNS, 0)
+    );
+    let usual = run_with(&mut group(&log, &[("a", None)]), &unsaid);
+    assert_eq!(usual.rows[0].runs, RUNS.0);
+    assert!(usual.rows[0].warmup_runs >= WARMUP.0);
+    let said = run(&mut group(&log, &[("long", None)]), 3, 2, LONG);
+    assert_eq!((said.rows[0].runs, said.rows[0].warmup_runs), (3, 0));
+}
+
+#[test]
+fn a_rate_is_set_in_relation_to_the_one_that_was_asked_for() {
+    let log = Log::default();
+    let mut asked = group(&log, &[("a", None), ("b", None)]);
+    asked.contenders[0].labels.asked_gib_per_s = Some(4.0);
+    let workload = &mut asked.contenders[1].labels;
+    (workload.asked_gib_per_s, workload.accesses) = (Some(4.0), Some(1));
+    let measured = run(&mut asked, 2, 0, LONG);
+    let [a, b] = &measured.rows[..] else {
+        panic!("{measured:?}")
+    };
+    assert_eq!(a.of_asked, Some(a.gib_per_s / 4.0));
+    assert_eq!(b.of_asked, None, "the rate is that of something else");
 }

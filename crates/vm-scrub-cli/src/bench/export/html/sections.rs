@@ -32,8 +32,9 @@ pub(super) fn about(benchmark: Benchmark) -> &'static str {
              and that was scrubbed, and in memory that was mapped just now."
         }
         Benchmark::Neighbour => {
-            "A workload on one core follows pointers through its cache while another core zeroes memory without a pause. \
-             Shown is what one access takes."
+            "A workload on one core follows pointers through its cache while another core zeroes memory by one loop without a \
+             pause, or while vm-scrub scrubs retired leases in the background there, with and without a throttle. Shown is \
+             what one access takes; and, in plots of their own, how long the throttle takes for what it should let through in two seconds."
         }
         Benchmark::Scaling => {
             "The turnaround with one thread, and with as many threads as processors, twice and four times as many."
@@ -140,7 +141,8 @@ fn label(row: &Row) -> String {
 /// Whether a contender is vm-scrub, or what vm-scrub would choose.
 pub(super) fn is_own(row: &Row) -> bool {
     match row.benchmark {
-        Benchmark::Loops | Benchmark::Neighbour => row.labels.calibrated == Some(true),
+        Benchmark::Loops => row.labels.calibrated == Some(true),
+        Benchmark::Neighbour => row.labels.name.starts_with("vm-scrub"),
         Benchmark::Scaling => true,
         _ => ["vm-scrub", "scrub-raw", "lease", "large-lease", "recycled"]
             .iter()
