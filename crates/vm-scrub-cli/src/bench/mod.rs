@@ -9,7 +9,6 @@ mod benchmarks;
 mod calibrated;
 mod cpus;
 mod export;
-mod glance;
 mod interrupt;
 mod measure;
 mod memory;
@@ -21,6 +20,7 @@ mod settings;
 mod setup;
 mod stats;
 mod subject;
+mod summary;
 mod table;
 mod team;
 mod units;
@@ -80,6 +80,15 @@ pub(crate) fn run(args: &BenchArgs) -> anyhow::Result<bool> {
     }
     session.progress.finish();
     exports.write(&session.results)?;
+    // One benchmark's groups are still in sight.
+    if !args.json && args.benchmark.benchmarks().len() > 1 {
+        let answers = summary::of(&session.results);
+        println!(
+            "\nsummary\n{}\n{}",
+            summary::table(&answers).for_terminal(),
+            summary::ABOUT
+        );
+    }
     if args.json {
         println!("{}", serde_json::to_string_pretty(&session.results.rows)?);
     }

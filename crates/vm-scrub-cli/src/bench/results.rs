@@ -7,10 +7,9 @@ use super::warning::Warning;
 use serde::Serialize;
 
 /// What was measured, on what, and what could not be.
-#[derive(Debug, Serialize)]
+#[derive(Debug)]
 pub(crate) struct Results {
     pub(crate) setup: Setup,
-    #[serde(rename = "results")]
     pub(crate) rows: Vec<Row>,
     /// What this host cannot have.
     pub(crate) skipped: Vec<Note>,

@@ -62,6 +62,35 @@ impl Summary {
     }
 }
 
+/// How one contender's times compare with another's, of which each run was next to one of these.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(crate) struct Ratio {
+    /// The quotient of the medians.
+    pub(crate) ratio: f64,
+    /// Lower quartile of the quotients within each round of runs.
+    pub(crate) q1: f64,
+    /// Upper quartile of the same.
+    pub(crate) q3: f64,
+}
+
+impl Ratio {
+    /// `above` divided by `below`; `None` if there is no round with both, or nothing to divide by.
+    pub(crate) fn of(above: &[f64], below: &[f64]) -> Option<Self> {
+        let rounds = above.iter().zip(below);
+        let quotients: Vec<f64> = rounds
+            .filter(|(_, below)| **below > 0.0)
+            .map(|(above, below)| above / below)
+            .collect();
+        let spread = Summary::of(&quotients)?;
+        let divisor = median(below).filter(|median| *median > 0.0)?;
+        Some(Self {
+            ratio: median(above)? / divisor,
+            q1: spread.q1,
+            q3: spread.q3,
+        })
+    }
+}
+
 /// The median; `None` of nothing.
 pub(crate) fn median(sample: &[f64]) -> Option<f64> {
     Summary::of(sample).map(|summary| summary.median)
@@ -107,6 +136,22 @@ mod tests {
         sample[0] = 20.0;
         assert_eq!(Summary::of(&sample).unwrap().outliers(&sample), 2);
         assert_eq!(Summary::of(&[1.0; 9]).unwrap().outliers(&[1.0; 9]), 0);
+    }
+
+    #[test]
+    fn a_ratio_is_that_of_the_medians_and_spreads_as_the_rounds_do() {
+        // 40 / 10; and 4, 2 and 2 within the rounds.
+        let ratio = Ratio::of(&[40.0, 40.0, 20.0], &[10.0, 20.0, 10.0]).unwrap();
+        assert_eq!((ratio.ratio, ratio.q1, ratio.q3), (4.0, 2.0, 3.0));
+        assert_eq!(Ratio::of(&[], &[1.0]), None);
+        assert_eq!(Ratio::of(&[1.0], &[]), None);
+        assert_eq!(Ratio::of(&[1.0], &[0.0]), None);
+        let longer = Ratio::of(&[2.0, 2.0, 9.0], &[1.0, 1.0]).unwrap();
+        assert_eq!(
+            (longer.q1, longer.q3),
+            (2.0, 2.0),
+            "a run without its round"
+        );
     }
 
     proptest! {

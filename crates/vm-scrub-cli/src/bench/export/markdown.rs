@@ -1,8 +1,8 @@
 //! `--export-markdown`: one table for each group, to be pasted into issues and READMEs.
 
 use super::Exporter;
-use crate::bench::glance;
 use crate::bench::results::Results;
+use crate::bench::summary;
 use crate::bench::table::{Table, is_text};
 use std::fmt::Write;
 
@@ -14,17 +14,10 @@ impl Exporter for Markdown {
         for (what, fact) in results.setup.facts() {
             writeln!(text, "- {what}: {fact}")?;
         }
-        let glances = glance::of(results);
-        if !glances.is_empty() {
-            writeln!(text, "\n| at a glance | |\n|:---|---:|")?;
-            for glance in glances {
-                writeln!(
-                    text,
-                    "| {} | {} |",
-                    escaped(&glance.what),
-                    escaped(&glance.figure)
-                )?;
-            }
+        let answers = summary::of(results);
+        if !answers.is_empty() {
+            let table = table(&summary::table(&answers));
+            writeln!(text, "\n## summary\n\n{}\n\n{table}", summary::ABOUT)?;
         }
         for benchmark in results.benchmarks() {
             writeln!(text, "\n## {benchmark}")?;
@@ -94,6 +87,7 @@ mod tests {
         }
         assert!(tables >= 2, "{text}");
         assert!(text.contains("| vm-scrub | full | 2 | 20.0 ms |"), "{text}");
+        assert!(text.contains("\n## summary\n"), "{text}");
         assert!(text.contains("## skipped"), "{text}");
     }
 

@@ -9,7 +9,7 @@ use crate::bench::warning::Warning;
 use vm_scrub::{PageSize, Verify};
 
 /// A row with `millis` as its times.
-fn row(benchmark: Benchmark, group: &str, labels: Labels, millis: [f64; 4]) -> Row {
+pub(crate) fn row(benchmark: Benchmark, group: &str, labels: Labels, millis: [f64; 4]) -> Row {
     let times_ns = millis.map(|ms| ms * 1e6).to_vec();
     let summary = Summary::of(&times_ns).expect("four times");
     Row {
@@ -35,7 +35,8 @@ fn row(benchmark: Benchmark, group: &str, labels: Labels, millis: [f64; 4]) -> R
     }
 }
 
-fn against(mut row: Row, baseline: &str, ratio: f64) -> Row {
+/// Compares a row with another one.
+pub(crate) fn against(mut row: Row, baseline: &str, ratio: f64) -> Row {
     row.comparison = Some(Comparison {
         baseline: baseline.into(),
         ratio,
@@ -45,7 +46,8 @@ fn against(mut row: Row, baseline: &str, ratio: f64) -> Row {
     row
 }
 
-fn labels(name: &str, verify: Verify) -> Labels {
+/// What turnarounds have in common.
+pub(crate) fn labels(name: &str, verify: Verify) -> Labels {
     Labels {
         name: name.into(),
         verify: Some(verify),

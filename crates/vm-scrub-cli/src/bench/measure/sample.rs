@@ -2,7 +2,7 @@
 
 use crate::bench::args::Benchmark;
 use crate::bench::row::{Comparison, Labels, Row, gib_per_s};
-use crate::bench::stats::{Summary, median};
+use crate::bench::stats::{Ratio, Summary};
 
 /// The first runs count as slower than the rest from this fraction on.
 const COLD: f64 = 0.25;
@@ -56,18 +56,12 @@ impl Sample {
 
     /// How this compares with `baseline`, of which each run was next to one of these.
     pub(crate) fn compared_with(&self, name: &str, baseline: &Self) -> Option<Comparison> {
-        let rounds = self.times.iter().zip(&baseline.times);
-        let ratios: Vec<f64> = rounds
-            .filter(|(own, _)| **own > 0.0)
-            .map(|(own, other)| other / own)
-            .collect();
-        let spread = Summary::of(&ratios)?;
-        let own = median(&self.times).filter(|own| *own > 0.0)?;
+        let Ratio { ratio, q1, q3 } = Ratio::of(&baseline.times, &self.times)?;
         Some(Comparison {
             baseline: name.to_owned(),
-            ratio: median(&baseline.times)? / own,
-            ratio_q1: spread.q1,
-            ratio_q3: spread.q3,
+            ratio,
+            ratio_q1: q1,
+            ratio_q3: q3,
         })
     }
 

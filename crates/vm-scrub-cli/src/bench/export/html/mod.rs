@@ -11,9 +11,9 @@ mod sections;
 
 use super::Exporter;
 use crate::bench::args::Benchmark;
-use crate::bench::glance::{self, Glance};
 use crate::bench::results::{Note, Results};
 use crate::bench::row::Row;
+use crate::bench::summary::{self, Answer};
 use crate::bench::table::{Table, is_text};
 use maud::{DOCTYPE, Markup, PreEscaped, html};
 
@@ -30,7 +30,7 @@ const STYLES: &str = include_str!("page.css");
 
 fn page(results: &Results) -> Markup {
     let benchmarks = results.benchmarks();
-    let glances = glance::of(results);
+    let answers = summary::of(results);
     html! {
         (DOCTYPE)
         html lang="en" {
@@ -46,6 +46,7 @@ fn page(results: &Results) -> Markup {
                     h1 { "vm-scrub bench" }
                     p.lead { (results.setup.cpu) ", Linux " (results.setup.kernel) ", " (results.setup.date) }
                     nav {
+                        @if !answers.is_empty() { a href="#summary" { "summary" } }
                         @for benchmark in &benchmarks {
                             a href={ "#" (benchmark) } { (benchmark) }
                         }
@@ -53,8 +54,15 @@ fn page(results: &Results) -> Markup {
                     }
                 }
                 main {
+                    @if !answers.is_empty() {
+                        section id="summary" {
+                            h2 { "summary" }
+                            p { (summary::ABOUT) }
+                            (table(&summary::table(&answers)))
+                        }
+                    }
                     @for benchmark in benchmarks {
-                        (section(results, benchmark, &glances))
+                        (section(results, benchmark, &answers))
                     }
                     (setup(results))
                 }
@@ -63,15 +71,15 @@ fn page(results: &Results) -> Markup {
     }
 }
 
-fn section(results: &Results, benchmark: Benchmark, glances: &[Glance]) -> Markup {
+fn section(results: &Results, benchmark: Benchmark, answers: &[Answer]) -> Markup {
     let groups = results.groups(benchmark);
     html! {
         section id=(benchmark) {
             h2 { (benchmark) }
             p { (sections::about(benchmark)) }
             div.cards {
-                @for glance in glances.iter().filter(|glance| glance.benchmark == benchmark) {
-                    div.card { strong { (glance.figure) } span { (glance.what) } }
+                @for answer in answers.iter().filter(|answer| answer.benchmark == benchmark) {
+                    div.card { strong { (answer.figure()) } span { (answer.question) } }
                 }
             }
             (sections::plots(benchmark, &groups))

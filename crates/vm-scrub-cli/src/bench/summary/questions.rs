@@ -1,0 +1,195 @@
+//! Which rows answer which question.
+//!
+//! Contenders are found by their labels. A group in which one of them is missing, because it failed or was not asked for,
+//! answers nothing.
+
+use super::Answer;
+use crate::bench::args::Benchmark;
+use crate::bench::row::{Op, Pattern, Row};
+use crate::bench::units;
+use vm_scrub::{PageSize, Verify};
+
+/// What the groups of a benchmark say.
+pub(super) fn answers(benchmark: Benchmark, groups: &[(&str, &[Row])]) -> Vec<Answer> {
+    let each =
+        |of: fn(&[Row]) -> Vec<Answer>| groups.iter().flat_map(|(_, rows)| of(rows)).collect();
+    match benchmark {
+        Benchmark::Loops => {
+            let chosen = [Op::Zero, Op::Verify, Op::Fused]
+                .into_iter()
+                .filter_map(|op| furthest_behind(groups, op));
+            chosen.chain(each(fused)).collect()
+        }
+        Benchmark::Turnaround => each(turnaround),
+        Benchmark::Sparse => each(sparse),
+        Benchmark::Guest => each(guest),
+        Benchmark::Neighbour => each(neighbour),
+        Benchmark::Scaling => each(scaling),
+    }
+}
+
+fn named<'a>(rows: &'a [Row], name: &str) -> Option<&'a Row> {
+    rows.iter().find(|row| row.labels.name == name)
+}
+
+/// What `row` is compared with, if it is not that itself.
+fn baseline<'a>(rows: &'a [Row], row: &Row) -> Option<&'a Row> {
+    let name = &row.comparison.as_ref()?.baseline;
+    named(rows, name).filter(|_| row.labels.name != *name)
+}
+
+fn of_op(rows: &[Row], op: Op) -> impl Iterator<Item = &Row> {
+    rows.iter().filter(move |row| row.labels.op == Some(op))
+}
+
+fn chosen(rows: &[Row], op: Op) -> Option<&Row> {
+    of_op(rows, op).find(|row| row.labels.calibrated == Some(true))
+}
+
+fn fastest(rows: &[Row], op: Op) -> Option<&Row> {
+    of_op(rows, op).min_by(|one, other| one.median_ns.total_cmp(&other.median_ns))
+}
+
+fn pages(row: &Row) -> PageSize {
+    row.labels.page_size.unwrap_or_default()
+}
+
+fn read_back(row: &Row) -> &'static str {
+    match row.labels.verify {
+        Some(Verify::None) | None => "not read back",
+        Some(Verify::Sampled { .. }) => "a sample read back",
+        Some(_) => "every byte read back",
+    }
+}
+
+/// Where the loop that vm-scrub chooses is furthest behind the best.
+fn furthest_behind(groups: &[(&str, &[Row])], op: Op) -> Option<Answer> {
+    let work = match op {
+        Op::Zero => "zeroing",
+        Op::Verify => "reading back",
+        Op::Fused | Op::Separate => "zeroing and reading back",
+    };
+    let question = format!(
+        "{work}: speed of the chosen loop against the fastest, where it is furthest behind"
+    );
+    groups
+        .iter()
+        .filter_map(|(_, rows)| {
+            Answer::speed(question.as_str(), chosen(rows, op)?, fastest(rows, op)?)
+        })
+        .min_by(|one, other| one.ratio.total_cmp(&other.ratio))
+}
+
+/// Zeroing and reading back piece by piece, against one after the other: by the same loops, and by whichever are fastest so.
+fn fused(rows: &[Row]) -> Vec<Answer> {
+    let question = "zeroing and reading back piece by piece: speed against one after the other";
+    let Some(fused) = chosen(rows, Op::Fused) else {
+        return Vec::new();
+    };
+    let same = of_op(rows, Op::Separate).find(|row| row.labels.by_loop == fused.labels.by_loop);
+    [
+        (same, "by the same loops"),
+        (fastest(rows, Op::Separate), "by the fastest loops"),
+    ]
+    .into_iter()
+    .filter_map(|(separate, by)| Answer::speed(format!("{question}, {by}"), fused, separate?))
+    .collect()
+}
+
+fn turnaround(rows: &[Row]) -> Vec<Answer> {
+    let Some(kernel) = named(rows, "munmap-mmap-populate") else {
+        return Vec::new();
+    };
+    let own = rows.iter().filter(|row| row.labels.name == "vm-scrub");
+    own.filter_map(|row| {
+        let (pages, read_back) = (pages(row), read_back(row));
+        let question =
+            format!("turnaround, {pages}, {read_back}: speed against munmap + mmap + populate");
+        Answer::speed(question, row, kernel)
+    })
+    .collect()
+}
+
+/// Leases of which a little was touched, and an embedder's mappings of which a little is dirty. Where parts are in percent there
+/// are plots.
+fn sparse(rows: &[Row]) -> Vec<Answer> {
+    let touched = |row: &Row| units::size(row.labels.touched_bytes.unwrap_or(0));
+    let pattern = |row: &Row| row.labels.pattern.map_or("", Pattern::name);
+    let all = |row: &Row| units::size(row.labels.bytes);
+    let cases = rows
+        .iter()
+        .filter(|row| row.labels.touched_percent.is_none());
+    cases
+        .filter_map(|row| {
+            let (all, touched, pages) = (all(row), touched(row), pages(row));
+            let pattern = pattern(row);
+            match row.labels.name.as_str() {
+                "large-lease" | "large-lease-scattered" => {
+                    let small = baseline(rows, row)?;
+                    let question = format!(
+                        "teardown of {all}, {pages}, of which {touched} were touched, {pattern}: time against {} all touched",
+                        units::size(small.labels.bytes)
+                    );
+                    Answer::time(question, row, small)
+                }
+                "scrub-raw" => {
+                    let question = format!(
+                        "scrub_raw of {all}, {pages}, of which {touched} are dirty, {pattern}, {}: time against MADV_DONTNEED \
+                         and touching them again",
+                        read_back(row)
+                    );
+                    Answer::time(question, row, baseline(rows, row)?)
+                }
+                _ => None,
+            }
+        })
+        .collect()
+}
+
+fn guest(rows: &[Row]) -> Vec<Answer> {
+    let answer = || {
+        let recycled = named(rows, "recycled")?;
+        let fresh = baseline(rows, recycled)?;
+        let pages = pages(recycled);
+        let question = format!(
+            "a guest's first touch of its RAM, {pages}: speed in recycled against fresh memory"
+        );
+        Answer::speed(question, recycled, fresh)
+    };
+    answer().into_iter().collect()
+}
+
+/// What a neighbour keeps beside the loop that vm-scrub would choose and beside its background scrubbing, and whether that keeps
+/// to its rate.
+fn neighbour(rows: &[Row]) -> Vec<Answer> {
+    let of_row = |row: &Row| {
+        let name = &row.labels.name;
+        if row.of_asked.is_some() {
+            return Answer::rate(format!("{name}: rate against the one asked for"), row);
+        }
+        if row.labels.calibrated != Some(true) && row.labels.verify.is_none() {
+            return None;
+        }
+        let beside = name.trim_start_matches("beside ");
+        let bytes = units::size(row.labels.bytes);
+        let question =
+            format!("neighbour that works in {bytes}, beside {beside}: speed against alone");
+        Answer::speed(question, row, baseline(rows, row)?)
+    };
+    rows.iter().filter_map(of_row).collect()
+}
+
+fn scaling(rows: &[Row]) -> Vec<Answer> {
+    let more = |row: &Row| {
+        let base = baseline(rows, row)?;
+        let (threads, fewer) = (row.labels.threads, base.labels.threads);
+        let question = format!(
+            "turnaround with {threads} threads, {}, {}: speed against {fewer} thread{}",
+            pages(row),
+            read_back(row),
+            if fewer == 1 { "" } else { "s" }
+        );
+        (threads > fewer).then(|| Answer::speed(question, row, base))?
+    };
+    rows.iter().filter_map(more).collect()
+}
