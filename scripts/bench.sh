@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Runs every benchmark and keeps the results in benches/results/<date>-<cpu>/, or in the directory that is named:
-# raw JSON, the page with the plots, Markdown and CSV, and what the host was like. Options of `vm-scrub bench` may follow.
+# raw JSON, the page with the plots, Markdown, CSV, one plot as SVG, and what the host was like. Options of `vm-scrub bench` may follow.
 #
 # usage: scripts/bench.sh [DIR [OPTION...]]
 set -euo pipefail
@@ -39,6 +39,7 @@ mkdir -p "$dir"
 status=0
 target/release/vm-scrub bench all \
     --export-json "$dir/results.json" --export-html "$dir/results.html" \
-    --export-markdown "$dir/results.md" --export-csv "$dir/results.csv" "$@" || status=$?
+    --export-markdown "$dir/results.md" --export-csv "$dir/results.csv" \
+    --export-svg "$dir/turnaround.svg" "$@" || status=$?
 printf '\nkept in %s\n' "$dir"
 exit "$status"

@@ -147,6 +147,10 @@ pub(crate) struct BenchArgs {
     #[arg(long, value_name = "FILE")]
     pub(crate) export_html: Option<PathBuf>,
 
+    /// Write a picture of `turnaround`, all page sizes in one plot, that can be shown by itself
+    #[arg(long, value_name = "FILE")]
+    pub(crate) export_svg: Option<PathBuf>,
+
     /// Print one JSON array instead of tables
     #[arg(long)]
     pub(crate) json: bool,

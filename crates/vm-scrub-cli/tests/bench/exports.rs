@@ -7,13 +7,14 @@ use std::path::Path;
 #[test]
 fn all_prints_every_benchmark_and_writes_every_format() {
     let directory = Directory::new("all");
-    let [json, csv, markdown, html] =
-        ["a.json", "a.csv", "a.md", "a.html"].map(|name| directory.file(name));
+    let [json, csv, markdown, html, svg] =
+        ["a.json", "a.csv", "a.md", "a.html", "a.svg"].map(|name| directory.file(name));
     let exports = [
         ["--export-json", text(&json)],
         ["--export-csv", text(&csv)],
         ["--export-markdown", text(&markdown)],
         ["--export-html", text(&html)],
+        ["--export-svg", text(&svg)],
         ["--page-size", "4k"],
     ];
     let arguments: Vec<&str> = exports.concat().into_iter().chain(["--json"]).collect();
@@ -52,6 +53,21 @@ fn all_prints_every_benchmark_and_writes_every_format() {
     ];
     assert_eq!(benchmarks, all.into());
     assert_eq!(read(&csv).lines().count(), rows.len() + 1);
+    for expected in ["4 KiB pages", "vm-scrub, every byte read back"] {
+        assert!(read(&svg).contains(expected), "{expected}");
+    }
+    let summary = exported["summary"].as_array().expect("an array");
+    let answered = texts(summary, "benchmark");
+    assert_eq!(answered, texts(&rows, "benchmark"), "each has a ratio");
+    for answer in summary {
+        let question = answer["question"].as_str().expect("a question");
+        assert!(answer["ratio"].as_f64() > Some(0.0), "{answer}");
+        assert!(
+            read(&markdown).contains(&format!("\n| {question} |")),
+            "{question}"
+        );
+        assert!(read(&html).contains(question), "{question}");
+    }
     for benchmark in texts(&rows, "benchmark") {
         assert!(
             read(&markdown).contains(&format!("\n## {benchmark}\n")),

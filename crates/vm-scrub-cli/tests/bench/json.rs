@@ -105,3 +105,46 @@ fn loops_print_an_array_with_every_loop_and_one_choice() {
     let fused = rows.iter().filter(|row| row["baseline"].is_string());
     assert!(fused.clone().all(|row| row["op"] == "fused") && fused.count() > 0);
 }
+
+#[test]
+fn neighbours_are_beside_every_loop_and_beside_paced_scrubbing() {
+    let rows = rows(&short("neighbour", &["--json"]));
+    let at = ["256 MiB", "1 GiB", "4 GiB"].map(|rate| format!("vm-scrub at {rate}/s"));
+    let (throttled, beside): (Vec<_>, Vec<_>) =
+        rows.iter().partition(|row| row["of_asked"].is_number());
+    assert_eq!(throttled.len(), at.len());
+    for row in throttled {
+        assert!(at.iter().any(|name| row["name"] == *name), "{row}");
+        let (asked, rate) = (row["asked_gib_per_s"].as_f64(), row["gib_per_s"].as_f64());
+        let share = rate.expect("a number") / asked.expect("a number");
+        assert!(
+            (row["of_asked"].as_f64().expect("a number") - share).abs() < 1e-9,
+            "{row}"
+        );
+        assert_eq!(
+            row["bytes"].as_f64(),
+            asked.map(|asked| asked * 2.0 * f64::from(1 << 30)),
+            "two seconds"
+        );
+    }
+    if beside.is_empty() {
+        eprintln!("SKIPPED: this host has one processor");
+        return;
+    }
+    let names: BTreeSet<_> = beside
+        .iter()
+        .filter_map(|row| row["name"].as_str())
+        .collect();
+    for name in
+        at.iter()
+            .map(String::as_str)
+            .chain(["alone", "beside portable", "vm-scrub unthrottled"])
+    {
+        assert!(names.contains(name), "{name}");
+    }
+    for row in beside {
+        assert_eq!(row["baseline"], "alone");
+        let scrubbed = row["scrub_gib_per_s"].as_f64();
+        assert_eq!(scrubbed > Some(0.0), row["name"] != "alone", "{row}");
+    }
+}

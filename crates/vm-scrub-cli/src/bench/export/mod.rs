@@ -4,6 +4,8 @@ mod csv;
 mod html;
 mod json;
 mod markdown;
+mod scale;
+mod svg;
 
 use super::args::BenchArgs;
 use super::results::Results;
@@ -27,11 +29,12 @@ pub(crate) struct Exports(Vec<(PathBuf, Box<dyn Exporter>)>);
 impl Exports {
     /// Creates the files, empty, so that one that cannot be written is known before anything is measured.
     pub(crate) fn open(args: &BenchArgs) -> anyhow::Result<Self> {
-        let asked: [(&Option<PathBuf>, Box<dyn Exporter>); 4] = [
+        let asked: [(&Option<PathBuf>, Box<dyn Exporter>); 5] = [
             (&args.export_json, Box::new(json::Json)),
             (&args.export_csv, Box::new(csv::Csv)),
             (&args.export_markdown, Box::new(markdown::Markdown)),
             (&args.export_html, Box::new(html::Html)),
+            (&args.export_svg, Box::new(svg::Svg)),
         ];
         let mut exports = Vec::new();
         for (path, exporter) in asked {

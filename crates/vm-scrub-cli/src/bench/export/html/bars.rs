@@ -1,6 +1,6 @@
 //! A plot of bars: one for each contender, with the spread of its times and its figures beside it.
 
-use super::scale::{Scale, place};
+use super::super::scale::{Scale, place};
 use crate::bench::units;
 use maud::{Markup, html};
 

@@ -1,6 +1,6 @@
 //! A plot of lines: how something changes along an axis, one line for each contender, named at its end.
 
-use super::scale::{Scale, place};
+use super::super::scale::{Scale, place};
 use maud::{Markup, html};
 
 const WIDTH: f64 = 720.0;

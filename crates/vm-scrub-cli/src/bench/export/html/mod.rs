@@ -6,7 +6,6 @@
 mod bars;
 mod curves;
 mod lines;
-mod scale;
 mod sections;
 
 use super::Exporter;
