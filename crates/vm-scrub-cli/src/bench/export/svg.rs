@@ -16,11 +16,11 @@ use vm_scrub::{PageSize, Verify};
 pub(crate) struct Svg;
 
 /// The picture's own units, about a pixel each.
-const WIDTH: f64 = 780.0;
+const WIDTH: f64 = 800.0;
 const MARGIN: f64 = 20.0;
-const LABELS: f64 = 224.0;
+const LABELS: f64 = 240.0;
 const COLUMN: f64 = 78.0;
-const HEADER: f64 = 74.0;
+const HEADER: f64 = 92.0;
 const PANEL: f64 = 30.0;
 const ROW: f64 = 20.0;
 const BAR: f64 = 13.0;
@@ -79,6 +79,9 @@ fn picture(results: &Results) -> Markup {
             rect.page x="0.5" y="0.5" width=(WIDTH - 1.0) height=(place(height - 1.0)) rx="8" {}
             text.title x=(MARGIN) y="32" { (title) }
             text.soft x=(MARGIN) y="52" { (subtitle(rows().next())) }
+            text.soft x=(MARGIN) y="68" {
+                "Only vm-scrub takes the memory away from the old guest; the last three of each leave it where it is."
+            }
             @for (value, text) in scale.ticks(1.0) {
                 @let x = place(scale.at(value));
                 line.grid x1=(x) x2=(x) y1=(HEADER) y2=(place(floor)) {}

@@ -5,7 +5,7 @@
 
 use super::Answer;
 use crate::bench::args::Benchmark;
-use crate::bench::row::{Op, Pattern, Row};
+use crate::bench::row::{Op, Pattern, Row, gib_per_s};
 use crate::bench::units;
 use vm_scrub::{PageSize, Verify};
 
@@ -54,11 +54,11 @@ fn pages(row: &Row) -> PageSize {
     row.labels.page_size.unwrap_or_default()
 }
 
-fn read_back(row: &Row) -> &'static str {
+fn verified(row: &Row) -> &'static str {
     match row.labels.verify {
-        Some(Verify::None) | None => "not read back",
-        Some(Verify::Sampled { .. }) => "a sample read back",
-        Some(_) => "every byte read back",
+        Some(Verify::None) | None => "not verified",
+        Some(Verify::Sampled { .. }) => "a sample verified",
+        Some(_) => "verified",
     }
 }
 
@@ -102,9 +102,10 @@ fn turnaround(rows: &[Row]) -> Vec<Answer> {
     };
     let own = rows.iter().filter(|row| row.labels.name == "vm-scrub");
     own.filter_map(|row| {
-        let (pages, read_back) = (pages(row), read_back(row));
-        let question =
-            format!("turnaround, {pages}, {read_back}: speed against munmap + mmap + populate");
+        let (pages, verified) = (pages(row), verified(row));
+        let question = format!(
+            "turnaround, {pages} pages, {verified}: speed against munmap + mmap + populate"
+        );
         Answer::speed(question, row, kernel)
     })
     .collect()
@@ -127,16 +128,16 @@ fn sparse(rows: &[Row]) -> Vec<Answer> {
                 "large-lease" | "large-lease-scattered" => {
                     let small = baseline(rows, row)?;
                     let question = format!(
-                        "teardown of {all}, {pages}, of which {touched} were touched, {pattern}: time against {} all touched",
+                        "teardown, {all} of {pages} pages, {touched} touched, {pattern}: time against {} all touched",
                         units::size(small.labels.bytes)
                     );
                     Answer::time(question, row, small)
                 }
                 "scrub-raw" => {
                     let question = format!(
-                        "scrub_raw of {all}, {pages}, of which {touched} are dirty, {pattern}, {}: time against MADV_DONTNEED \
-                         and touching them again",
-                        read_back(row)
+                        "scrub_raw, {all} of {pages} pages, {touched} dirty, {pattern}, {}: time against MADV_DONTNEED \
+                         and touching again",
+                        verified(row)
                     );
                     Answer::time(question, row, baseline(rows, row)?)
                 }
@@ -152,7 +153,7 @@ fn guest(rows: &[Row]) -> Vec<Answer> {
         let fresh = baseline(rows, recycled)?;
         let pages = pages(recycled);
         let question = format!(
-            "a guest's first touch of its RAM, {pages}: speed in recycled against fresh memory"
+            "a guest's first touch of its RAM, {pages} pages: speed in recycled against fresh memory"
         );
         Answer::speed(question, recycled, fresh)
     };
@@ -165,7 +166,12 @@ fn neighbour(rows: &[Row]) -> Vec<Answer> {
     let of_row = |row: &Row| {
         let name = &row.labels.name;
         if row.of_asked.is_some() {
-            return Answer::rate(format!("{name}: rate against the one asked for"), row);
+            let seconds = gib_per_s(row.labels.bytes, 1e9) / row.labels.asked_gib_per_s?;
+            let seconds = units::plain(seconds);
+            return Answer::rate(
+                format!("{name}: rate against the one asked for, over {seconds} s"),
+                row,
+            );
         }
         if row.labels.calibrated != Some(true) && row.labels.verify.is_none() {
             return None;
@@ -179,17 +185,19 @@ fn neighbour(rows: &[Row]) -> Vec<Answer> {
     rows.iter().filter_map(of_row).collect()
 }
 
+/// What as many threads as were tried lose against as many as were asked for.
 fn scaling(rows: &[Row]) -> Vec<Answer> {
-    let more = |row: &Row| {
-        let base = baseline(rows, row)?;
-        let (threads, fewer) = (row.labels.threads, base.labels.threads);
+    let answer = || {
+        let most = rows.iter().max_by_key(|row| row.labels.threads)?;
+        let base = baseline(rows, most)?;
+        let (threads, fewer) = (most.labels.threads, base.labels.threads);
         let question = format!(
-            "turnaround with {threads} threads, {}, {}: speed against {fewer} thread{}",
-            pages(row),
-            read_back(row),
+            "turnaround with {threads} threads, {} pages, {}: speed against {fewer} thread{}",
+            pages(most),
+            verified(most),
             if fewer == 1 { "" } else { "s" }
         );
-        (threads > fewer).then(|| Answer::speed(question, row, base))?
+        Answer::speed(question, most, base)
     };
-    rows.iter().filter_map(more).collect()
+    answer().into_iter().collect()
 }

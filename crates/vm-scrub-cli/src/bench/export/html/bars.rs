@@ -6,7 +6,7 @@ use maud::{Markup, html};
 
 /// Widths in the plot's own units, about a pixel each.
 const WIDTH: f64 = 720.0;
-const LABELS: f64 = 176.0;
+const LABELS: f64 = 192.0;
 const COLUMN: f64 = 84.0;
 const GAP: f64 = 12.0;
 const ROW: f64 = 27.0;

@@ -141,7 +141,9 @@ fn label(row: &Row) -> String {
 /// Whether a contender is vm-scrub, or what vm-scrub would choose.
 pub(super) fn is_own(row: &Row) -> bool {
     match row.benchmark {
-        Benchmark::Loops => row.labels.calibrated == Some(true),
+        Benchmark::Loops => {
+            row.labels.calibrated == Some(true) && row.labels.op != Some(Op::Separate)
+        }
         Benchmark::Neighbour => row.labels.name.starts_with("vm-scrub"),
         Benchmark::Scaling => true,
         _ => ["vm-scrub", "scrub-raw", "lease", "large-lease", "recycled"]
