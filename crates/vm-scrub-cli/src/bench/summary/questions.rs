@@ -50,8 +50,12 @@ fn fastest(rows: &[Row], op: Op) -> Option<&Row> {
     of_op(rows, op).min_by(|one, other| one.median_ns.total_cmp(&other.median_ns))
 }
 
-fn pages(row: &Row) -> PageSize {
-    row.labels.page_size.unwrap_or_default()
+fn pages(row: &Row) -> &'static str {
+    match row.labels.page_size.unwrap_or_default() {
+        PageSize::Base4K => "4 KiB pages",
+        PageSize::Transparent => "THP",
+        _ => "hugetlb pages",
+    }
 }
 
 fn verified(row: &Row) -> &'static str {
@@ -103,9 +107,8 @@ fn turnaround(rows: &[Row]) -> Vec<Answer> {
     let own = rows.iter().filter(|row| row.labels.name == "vm-scrub");
     own.filter_map(|row| {
         let (pages, verified) = (pages(row), verified(row));
-        let question = format!(
-            "turnaround, {pages} pages, {verified}: speed against munmap + mmap + populate"
-        );
+        let question =
+            format!("turnaround, {pages}, {verified}: speed against munmap + mmap + populate");
         Answer::speed(question, row, kernel)
     })
     .collect()
@@ -128,14 +131,14 @@ fn sparse(rows: &[Row]) -> Vec<Answer> {
                 "large-lease" | "large-lease-scattered" => {
                     let small = baseline(rows, row)?;
                     let question = format!(
-                        "teardown, {all} of {pages} pages, {touched} touched, {pattern}: time against {} all touched",
+                        "teardown, {all} of {pages}, {touched} touched, {pattern}: time against {} all touched",
                         units::size(small.labels.bytes)
                     );
                     Answer::time(question, row, small)
                 }
                 "scrub-raw" => {
                     let question = format!(
-                        "scrub_raw, {all} of {pages} pages, {touched} dirty, {pattern}, {}: time against MADV_DONTNEED \
+                        "scrub_raw, {all} of {pages}, {touched} dirty, {pattern}, {}: time against MADV_DONTNEED \
                          and touching again",
                         verified(row)
                     );
@@ -153,7 +156,7 @@ fn guest(rows: &[Row]) -> Vec<Answer> {
         let fresh = baseline(rows, recycled)?;
         let pages = pages(recycled);
         let question = format!(
-            "a guest's first touch of its RAM, {pages} pages: speed in recycled against fresh memory"
+            "a guest's first touch of its RAM, {pages}: speed in recycled against fresh memory"
         );
         Answer::speed(question, recycled, fresh)
     };
@@ -192,7 +195,7 @@ fn scaling(rows: &[Row]) -> Vec<Answer> {
         let base = baseline(rows, most)?;
         let (threads, fewer) = (most.labels.threads, base.labels.threads);
         let question = format!(
-            "turnaround with {threads} threads, {} pages, {}: speed against {fewer} thread{}",
+            "turnaround with {threads} threads, {}, {}: speed against {fewer} thread{}",
             pages(most),
             verified(most),
             if fewer == 1 { "" } else { "s" }

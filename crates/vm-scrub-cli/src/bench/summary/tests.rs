@@ -78,7 +78,7 @@ fn a_turnaround_is_so_many_times_as_fast() {
     assert_eq!(answer.group, "1 GiB, thp, 2 threads");
     assert_eq!(
         answer.question,
-        "turnaround, thp pages, verified: speed against munmap + mmap + populate"
+        "turnaround, THP, verified: speed against munmap + mmap + populate"
     );
     assert_eq!(answer.warnings, ["noise", "too-short"]);
 }
@@ -188,7 +188,7 @@ fn a_sparse_lease_takes_so_many_times_as_long() {
     );
     assert_eq!(
         answers[0].question,
-        "teardown, 8 GiB of thp pages, 256 MiB touched, contiguous: time against 256 MiB all touched"
+        "teardown, 8 GiB of THP, 256 MiB touched, contiguous: time against 256 MiB all touched"
     );
     assert!(answers[1].question.contains("scattered"));
 }
@@ -205,7 +205,7 @@ fn a_mapping_is_asked_about_where_what_is_dirty_was_given_in_bytes() {
     assert_eq!((answer.of, answer.ratio), (Quantity::Time, 0.125));
     assert_eq!(
         answer.question,
-        "scrub_raw, 1 GiB of thp pages, 256 MiB dirty, scattered, verified: time against MADV_DONTNEED and touching again"
+        "scrub_raw, 1 GiB of THP, 256 MiB dirty, scattered, verified: time against MADV_DONTNEED and touching again"
     );
     let in_percent = rows.map(|mut row| {
         row.labels.touched_percent = Some(25.0);
@@ -290,7 +290,7 @@ fn most_threads_are_compared_with_as_many_as_asked_for() {
     assert_eq!(answer.ratio, 0.9);
     assert_eq!(
         answer.question,
-        "turnaround with 8 threads, 4k pages, verified: speed against 2 threads"
+        "turnaround with 8 threads, 4 KiB pages, verified: speed against 2 threads"
     );
     assert_eq!(
         answers(rows[..2].to_vec()),

@@ -34,6 +34,8 @@ pub(super) struct Bar {
 pub(super) struct BarPlot {
     pub(super) title: String,
     pub(super) headings: Vec<String>,
+    /// Which times are good ones.
+    pub(super) aim: &'static str,
     /// What the figures need to be understood; may be empty.
     pub(super) note: String,
     pub(super) bars: Vec<Bar>,
@@ -62,7 +64,7 @@ impl BarPlot {
                         line.grid x1=(x) x2=(x) y1=(TOP) y2=(place(floor)) {}
                         text.tick.middle x=(x) y=(place(floor + 15.0)) { (text) }
                     }
-                    text.tick.middle x=(place(f64::midpoint(LABELS + GAP, right))) y=(place(floor + 32.0)) { (unit_name) ", less is better" }
+                    text.tick.middle x=(place(f64::midpoint(LABELS + GAP, right))) y=(place(floor + 32.0)) { (unit_name) ", " (self.aim) }
                     text.tick.end x=(place(WIDTH)) y=(place(floor + 32.0)) { (self.note) }
                     @for (column, heading) in self.headings.iter().enumerate() {
                         text.tick.end x=(place(right + GAP + COLUMN * (column + 1) as f64)) y=(place(TOP - 10.0)) { (heading) }

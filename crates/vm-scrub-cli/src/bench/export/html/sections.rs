@@ -93,6 +93,10 @@ fn bar_plot(title: &str, rows: &[Row]) -> BarPlot {
     if compared {
         headings.push("speed".into());
     }
+    let asked = rows.iter().any(|row| row.of_asked.is_some());
+    if asked {
+        headings.push("of asked".into());
+    }
     let bar = |row: &Row| {
         // A neighbour's time is that of one access, so that buffers of different sizes can be compared.
         let per = row.labels.accesses.unwrap_or(1).max(1) as f64;
@@ -107,6 +111,13 @@ fn bar_plot(title: &str, rows: &[Row]) -> BarPlot {
                 .map(|compared| units::ratio(compared.ratio));
             figures.push(ratio.unwrap_or_default());
         }
+        if asked {
+            figures.push(
+                row.of_asked
+                    .map(|share| format!("{:.1} %", share * 100.0))
+                    .unwrap_or_default(),
+            );
+        }
         Bar {
             label: label(row),
             own: is_own(row),
@@ -120,6 +131,11 @@ fn bar_plot(title: &str, rows: &[Row]) -> BarPlot {
     BarPlot {
         title: title.to_owned(),
         headings,
+        aim: if asked {
+            "as asked for is best"
+        } else {
+            "less is better"
+        },
         note: if compared {
             format!("speed: {}", baseline(rows))
         } else {
