@@ -54,7 +54,7 @@ pub(crate) enum Op {
     Zero,
     /// All bytes are read, and are zero.
     Verify,
-    /// Pieces of 256 KiB are set to zero and read back at once.
+    /// Pieces are set to zero and read back while a cache still holds them.
     Fused,
     /// All bytes are set to zero, and then all are read back.
     Separate,

@@ -84,7 +84,7 @@ fn furthest_behind(groups: &[(&str, &[Row])], op: Op) -> Option<Answer> {
         .min_by(|one, other| one.ratio.total_cmp(&other.ratio))
 }
 
-/// Zeroing and reading back piece by piece, against one after the other: by the same loops, and by whichever are fastest so.
+/// Zeroing and reading back piece by piece, against one after the other: by the same zeroing loop, and by whichever is fastest so.
 fn fused(rows: &[Row]) -> Vec<Answer> {
     let question = "zeroing and reading back piece by piece: speed against one after the other";
     let Some(fused) = chosen(rows, Op::Fused) else {
@@ -92,8 +92,8 @@ fn fused(rows: &[Row]) -> Vec<Answer> {
     };
     let same = of_op(rows, Op::Separate).find(|row| row.labels.by_loop == fused.labels.by_loop);
     [
-        (same, "by the same loops"),
-        (fastest(rows, Op::Separate), "by the fastest loops"),
+        (same, "by the same zeroing loop"),
+        (fastest(rows, Op::Separate), "by the fastest"),
     ]
     .into_iter()
     .filter_map(|(separate, by)| Answer::speed(format!("{question}, {by}"), fused, separate?))

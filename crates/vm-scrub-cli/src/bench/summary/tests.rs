@@ -151,8 +151,8 @@ fn fused_is_compared_with_the_same_loops_and_with_the_fastest() {
     let answers = answers(rows);
     let ratios: Vec<f64> = answers.iter().map(|each| each.ratio).collect();
     assert_eq!(ratios, [1.0, 1.5, 1.4], "{answers:?}");
-    assert!(answers[1].question.ends_with("by the same loops"));
-    assert!(answers[2].question.ends_with("by the fastest loops"));
+    assert!(answers[1].question.ends_with("by the same zeroing loop"));
+    assert!(answers[2].question.ends_with("by the fastest"));
 }
 
 #[test]

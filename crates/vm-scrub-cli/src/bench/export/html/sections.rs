@@ -17,7 +17,7 @@ pub(super) fn about(benchmark: Benchmark) -> &'static str {
     match benchmark {
         Benchmark::Loops => {
             "Each loop by itself, over the same memory again and again: what fits into a cache stays there. Fused means that \
-             pieces of 256 KiB are zeroed and read back at once. The loop that vm-scrub would choose has the large dots."
+             pieces are zeroed and read back while a cache still holds them. The loop that vm-scrub would choose has the large dots."
         }
         Benchmark::Turnaround => {
             "From memory of which a guest has written every byte to the next guest's memory: zero, resident and in the page \
