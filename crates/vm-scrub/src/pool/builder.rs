@@ -2,11 +2,12 @@
 
 use super::background::Background;
 use super::throttle::{Clock, SystemClock, Throttle};
-use super::{Ledger, MOST_BLOCKS, OnProgress, PageSize, Pool, Progress, ScrubRate, Shared};
+use super::{
+    Ledger, MOST_BLOCKS, OnProgress, PageSize, Pool, PoolError, Progress, ScrubRate, Shared,
+};
 use crate::BLOCK_SIZE;
-use crate::arch::UnknownLoop;
 use crate::backing::{AnonymousArena, BLOCK, Backing, HugetlbArena, HugetlbError, WindowSpace};
-use crate::scrub::{Engine, Policy, StartError, Workers};
+use crate::scrub::{Engine, Policy, Workers};
 use crate::sys::{self, map};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -16,7 +17,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 const KEPT_WINDOWS: u64 = 1 << 40;
 
 /// More scrubbing threads than any host has processors: a larger number is taken for a mistake.
-const MAX_THREADS: usize = 4096;
+pub(super) const MAX_THREADS: usize = 4096;
 
 /// What a pool is to be like; see [`Pool::builder`].
 #[must_use = "a builder does nothing until `build` is called"]
@@ -32,88 +33,6 @@ pub struct PoolBuilder {
     on_progress: Option<OnProgress>,
     #[cfg(any(test, feature = "test-support"))]
     sabotage: Option<crate::scrub::Sabotage>,
-}
-
-/// Why a pool could not be made. Nothing is left behind.
-#[derive(Debug, thiserror::Error)]
-#[non_exhaustive]
-pub enum PoolError {
-    /// The capacity is zero, or not a multiple of the block size, or more than an address can hold.
-    #[error(
-        "a capacity of {capacity} bytes is not possible: it must be a multiple of {BLOCK_SIZE} bytes (2 MiB), at least \
-         one block, and fit into the address space"
-    )]
-    Capacity {
-        /// The capacity that was asked for, in bytes.
-        capacity: u64,
-    },
-    /// The number of threads is zero or absurd.
-    #[error(
-        "{threads} scrubbing threads are not possible: use 1 to {MAX_THREADS}, or none to have one per processor"
-    )]
-    Threads {
-        /// The number that was asked for.
-        threads: usize,
-    },
-    /// The host's smallest page is not 4 KiB.
-    #[error("this host's pages are {bytes} bytes; vm-scrub needs a kernel with 4096-byte pages")]
-    HostPageSize {
-        /// The size of the host's smallest page, in bytes.
-        bytes: usize,
-    },
-    /// The host has not enough free hugetlb pages.
-    #[error(
-        "{asked} free hugetlb pages of 2 MiB are needed{}: reserve them with `sysctl vm.nr_hugepages=N` (N counts the \
-         pages of all users), or at boot with `hugepages=N` on the kernel command line",
-        match .free { Some(free) => format!(" and {free} are free"), None => String::new() }
-    )]
-    NoHugePages {
-        /// How many pages the pool needs.
-        asked: u64,
-        /// How many are free, where the host says.
-        free: Option<u64>,
-    },
-    /// The address space for the pool's memory could not be had.
-    #[error(
-        "{capacity} bytes of memory could not be mapped ({source}): ask for less, or raise the limit on address space \
-         (`ulimit -v`) or on mappings (`vm.max_map_count`)"
-    )]
-    Map {
-        /// The pool's capacity, in bytes.
-        capacity: u64,
-        /// The call that failed.
-        r#source: sys::Error,
-    },
-    /// Transparent huge pages were asked for and the kernel has none.
-    #[error("this kernel has no transparent huge pages ({source}): use 4 KiB or hugetlb pages")]
-    NoTransparentHugePages {
-        /// The call that failed.
-        r#source: sys::Error,
-    },
-    /// The memory could not be populated.
-    #[error(
-        "{capacity} bytes could not be populated ({source}): the host or the control group has too little memory, or the \
-         kernel is older than 5.14; ask for less or do not populate up front"
-    )]
-    Populate {
-        /// The pool's capacity, in bytes.
-        capacity: u64,
-        /// The call that failed.
-        r#source: sys::Error,
-    },
-    /// The environment variable `VM_SCRUB_LOOP` names no zeroing loop that runs here.
-    #[error("VM_SCRUB_LOOP: {0}")]
-    UnknownLoop(UnknownLoop),
-    /// The scrubbing threads could not be started.
-    #[error(
-        "{threads} scrubbing threads could not be started ({source}): ask for fewer or raise the limit on threads (`ulimit -u`)"
-    )]
-    Workers {
-        /// The number that was asked for.
-        threads: usize,
-        /// What the operating system said.
-        r#source: StartError,
-    },
 }
 
 impl std::fmt::Debug for PoolBuilder {

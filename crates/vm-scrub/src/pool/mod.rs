@@ -15,6 +15,7 @@
 mod background;
 pub(crate) mod blocks;
 mod builder;
+mod error;
 mod extents;
 mod ledger;
 mod page_size;
@@ -23,7 +24,8 @@ mod throttle;
 
 pub use background::Priority;
 pub(crate) use background::{Background, Chore};
-pub use builder::{PoolBuilder, PoolError};
+pub use builder::PoolBuilder;
+pub use error::PoolError;
 pub use extents::Extent;
 use extents::MOST_BLOCKS;
 pub(crate) use extents::deal;
