@@ -9,6 +9,7 @@ pub mod huge_pages;
 pub mod kvm;
 pub mod logs;
 pub mod maps;
+pub mod numa;
 pub mod pools;
 
 pub use guest::{assert_all_zero, fill, first_nonzero, smear};

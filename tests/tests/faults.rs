@@ -10,6 +10,7 @@ use vm_scrub::test_support::{Call, FaultGuard, inject};
 use vm_scrub::{BLOCK_SIZE, Lease, PageSize, Pool, PoolError};
 use vm_scrub_tests::child::{alone, with_huge_pages};
 use vm_scrub_tests::maps::has_pagemap_scan;
+use vm_scrub_tests::numa;
 use vm_scrub_tests::{
     assert_adds_up, assert_all_zero, assert_nothing_dirty_left, first_nonzero, pools, quiesce,
     regions, smear, teardown,
@@ -84,8 +85,15 @@ fn built(page_size: PageSize, populate: bool) -> Result<Pool, PoolError> {
         .build()
 }
 
+/// The same on a NUMA node. Its threads, which have no faults planned, populate it.
+fn built_on(node: u32, page_size: PageSize) -> Result<Pool, PoolError> {
+    pools::builder(page_size, BLOCKS).numa_node(node).build()
+}
+
 fn a_pool_is_built(page_size: PageSize) {
-    for populate in [false, true] {
+    let without = [false, true].map(|populate| (None, populate));
+    let on_node = numa::node().map(|node| (Some(node), false));
+    for (node, populate) in without.into_iter().chain(on_node) {
         let mut calls = vec![Call::Mmap, Call::Madvise];
         if page_size == PageSize::Huge2M {
             calls.extend([Call::MemfdCreate, Call::Ftruncate]);
@@ -93,14 +101,26 @@ fn a_pool_is_built(page_size: PageSize) {
         if populate {
             calls.push(Call::Populate);
         }
+        if node.is_some() {
+            calls.extend([
+                Call::NodeRead,
+                Call::StatusRead,
+                Call::Mbind,
+                Call::SchedSetaffinity,
+            ]);
+        }
         walk(&calls, |faults, call, errno, _| {
             let guard = faults();
-            let result = built(page_size, populate);
+            let result = match node {
+                Some(node) => built_on(node, page_size),
+                None => built(page_size, populate),
+            };
             let hits = guard.hits();
             drop(guard);
             match result {
                 Err(error) => {
                     assert!(hits > 0, "{error}");
+                    assert_ne!(call, Call::SchedSetaffinity, "{error}");
                     let text = error.to_string();
                     let pages = matches!(error, PoolError::NoHugePages { asked: BLOCKS, .. })
                         && text.contains("vm.nr_hugepages");
@@ -111,6 +131,11 @@ fn a_pool_is_built(page_size: PageSize) {
                     assert_eq!(close_views(), 0, "{call:?} {errno}: memory is left behind");
                 }
                 Ok(pool) => {
+                    let asked = [Call::NodeRead, Call::StatusRead, Call::Mbind].contains(&call);
+                    assert!(
+                        hits == 0 || !asked,
+                        "{call:?} {errno}: a promise is not kept"
+                    );
                     assert_eq!(pool.accounts().clean, BLOCKS * BLOCK_SIZE);
                     assert_nothing_dirty_left(&pool);
                 }

@@ -7,6 +7,7 @@ use super::{BLOCK, Backing, NotGranted, Revocation, Revoked, Window, WindowSpace
 use crate::scrub::{HostPtr, Residency, get_ready};
 use crate::sys;
 use crate::sys::map::{self, Advice};
+use crate::sys::numa;
 use std::io;
 use std::ops::Range;
 
@@ -22,13 +23,20 @@ pub(crate) struct AnonymousArena {
 }
 
 impl AnonymousArena {
-    /// Maps `len` bytes (a multiple of 2 MiB), nothing populated, with transparent huge pages or without.
-    pub(crate) fn map(len: usize, huge_pages: bool) -> sys::Result<Self> {
+    /// Maps `len` bytes (a multiple of 2 MiB), nothing populated, with transparent huge pages or without, bound to a NUMA
+    /// `node` if one is given.
+    ///
+    /// Binding belongs to the mapping and not to its pages, and travels with it: `mremap` gives a window the arena's, and
+    /// what a guest touches first in its window comes from the node too. So the arena is all that ever has to be bound.
+    pub(crate) fn map(len: usize, huge_pages: bool, node: Option<u32>) -> sys::Result<Self> {
         let window = WindowSpace::new(0).open(len)?;
         let base = window.start();
         // SAFETY: the window is a fresh reservation of this length that nobody else knows.
         unsafe {
             map::map_anonymous(base.0, len)?;
+            if let Some(node) = node {
+                numa::bind(base.0, len, node)?;
+            }
             keep_private(base.0, len);
             // Only so that windows and arena are alike, and join: see `check_anonymous`.
             if let Err(error) = map::advise(base.0, len, Advice::WipeOnFork) {
@@ -238,7 +246,7 @@ mod tests {
 
     #[test]
     fn bytes_come_back_to_the_arena_and_the_window_is_closed() {
-        let arena = AnonymousArena::map(2 * BLOCK, false).unwrap();
+        let arena = AnonymousArena::map(2 * BLOCK, false, None).unwrap();
         let window = WindowSpace::new(0).open(BLOCK).unwrap();
         let start = window.start().0;
         // SAFETY: the range is free and the window closed; then it is granted and nobody refers to it.
@@ -260,7 +268,7 @@ mod tests {
 
     #[test]
     fn borders_that_the_vmm_made_do_not_stop_revocation() {
-        let arena = AnonymousArena::map(2 * BLOCK, true).unwrap();
+        let arena = AnonymousArena::map(2 * BLOCK, true, None).unwrap();
         let window = WindowSpace::new(0).open(2 * BLOCK).unwrap();
         let start = window.start().0;
         // SAFETY: as above; mprotect and madvise are applied to the window, which is ours.
@@ -285,7 +293,7 @@ mod tests {
             (fault::Call::Mprotect, 0, libc::EACCES),
         ];
         for (call, skip, errno) in cases {
-            let arena = AnonymousArena::map(BLOCK, false).unwrap();
+            let arena = AnonymousArena::map(BLOCK, false, None).unwrap();
             let window = WindowSpace::new(0).open(BLOCK).unwrap();
             // SAFETY: the range is free and the window closed; then it is granted and nobody refers to it.
             let error = unsafe {

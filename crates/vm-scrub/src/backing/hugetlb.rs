@@ -2,10 +2,14 @@
 //!
 //! Pages stay where they are in the file; granting adds a view and revoking replaces it with inaccessible address space.
 //! The file's descriptor never leaves this module, so there are no other views.
+//!
+//! Which NUMA node a page comes from is decided by the view through which it is first touched, and the kernel reserves pages
+//! for a file without asking on which node they are. So where a node is asked for, the arena is bound to it and whoever made
+//! it populates it: then every page there will be is on that node, or it is known at once that there are too few.
 
 use super::{Backing, NotGranted, Revocation, Revoked, Window, WindowSpace, keep_private};
 use crate::scrub::{HostPtr, Residency};
-use crate::sys::{self, hugetlb, map};
+use crate::sys::{self, hugetlb, map, numa};
 use std::fs::File;
 use std::ops::Range;
 use std::os::fd::AsFd;
@@ -32,8 +36,9 @@ pub(crate) struct HugetlbArena {
 impl HugetlbArena {
     /// Makes and maps a file of `len` bytes (a multiple of 2 MiB); the kernel reserves its pages now or this fails.
     ///
-    /// `resident` says that the caller is going to populate the arena: windows are then populated when they are granted.
-    pub(crate) fn map(len: usize, resident: bool) -> Result<Self, HugetlbError> {
+    /// The pages are going to come from NUMA `node`, if one is given. `resident` says that the caller is going to populate the
+    /// arena, as it must for a node: windows are then populated when they are granted.
+    pub(crate) fn map(len: usize, resident: bool, node: Option<u32>) -> Result<Self, HugetlbError> {
         let file = hugetlb::memfd_2m(len as u64).map_err(|error| match error.errno() {
             // A kernel without hugetlb, or without this page size.
             Some(libc::EINVAL | libc::ENODEV | libc::ENOENT) => {
@@ -48,10 +53,13 @@ impl HugetlbArena {
             map::map_shared(base.0, len, file.as_fd(), 0).map_err(|error| match error.errno() {
                 // The reservation of pages fails with ENOMEM when there are too few.
                 Some(libc::ENOMEM) => HugetlbError::NoPages {
-                    free: hugetlb::free_2m_pages(),
+                    free: hugetlb::free_2m_pages(None),
                 },
                 _ => HugetlbError::Sys(error),
             })?;
+            if let Some(node) = node {
+                numa::bind(base.0, len, node).map_err(HugetlbError::Sys)?;
+            }
             keep_private(base.0, len);
         }
         Ok(Self {

@@ -6,6 +6,8 @@
 
 use super::throttle::Throttle;
 use crate::scrub::Workers;
+use crate::sys::numa::Numbers;
+use crate::sys::thread as native;
 use std::fmt::Debug;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -124,8 +126,8 @@ impl Queue {
 }
 
 impl Background {
-    /// Starts the thread.
-    pub(crate) fn start(throttle: Throttle) -> std::io::Result<Self> {
+    /// Starts the thread, which runs on `cpus`, where these are given.
+    pub(crate) fn start(throttle: Throttle, cpus: Option<Numbers>) -> std::io::Result<Self> {
         let queue = Arc::new(Queue {
             chores: Mutex::default(),
             changed: Condvar::new(),
@@ -136,8 +138,13 @@ impl Background {
         let thread = thread::Builder::new()
             .name("vm-scrub-back".into())
             .spawn(move || {
-                if let Err(error) = crate::sys::thread::lowest_priority() {
+                if let Err(error) = native::lowest_priority() {
                     log::warn!("background scrubbing runs at normal priority: {error}");
+                }
+                if let Some(cpus) = cpus
+                    && let Err(error) = native::pin(native::id(), &cpus)
+                {
+                    log::warn!("background scrubbing is not kept on its NUMA node: {error}");
                 }
                 worker.run();
             })?;

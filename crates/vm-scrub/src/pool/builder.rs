@@ -1,6 +1,7 @@
 //! Describing a pool, and making it.
 
 use super::background::Background;
+use super::node;
 use super::throttle::{Clock, SystemClock, Throttle};
 use super::{
     Ledger, MOST_BLOCKS, OnProgress, PageSize, Pool, PoolError, Progress, ScrubRate, Shared,
@@ -8,7 +9,7 @@ use super::{
 use crate::BLOCK_SIZE;
 use crate::backing::{AnonymousArena, BLOCK, Backing, HugetlbArena, HugetlbError, WindowSpace};
 use crate::scrub::{Engine, Policy, Workers};
-use crate::sys::{self, map};
+use crate::sys::{self, hugetlb, map};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -29,6 +30,7 @@ pub struct PoolBuilder {
     policy: Policy,
     kept_windows: u64,
     scrub_rate: Option<ScrubRate>,
+    numa_node: Option<u32>,
     clock: Option<Box<dyn Clock>>,
     on_progress: Option<OnProgress>,
     #[cfg(any(test, feature = "test-support"))]
@@ -40,6 +42,7 @@ impl std::fmt::Debug for PoolBuilder {
         f.debug_struct("PoolBuilder")
             .field("capacity", &self.capacity)
             .field("page_size", &self.page_size)
+            .field("numa_node", &self.numa_node)
             .field("threads", &self.threads)
             .field("policy", &self.policy)
             .finish_non_exhaustive()
@@ -56,6 +59,7 @@ impl Default for PoolBuilder {
             policy: Policy::default(),
             kept_windows: KEPT_WINDOWS,
             scrub_rate: None,
+            numa_node: None,
             clock: None,
             on_progress: None,
             #[cfg(any(test, feature = "test-support"))]
@@ -83,8 +87,8 @@ impl PoolBuilder {
         self
     }
 
-    /// How many threads scrub: 1 to 4096. By default one per processor. With 1, or without the `rayon` feature, the
-    /// thread that tears a lease down does the work.
+    /// How many threads scrub: 1 to 4096. By default one per processor, of the NUMA node if there is one. With 1 and without
+    /// a node, or without the `rayon` feature, the thread that tears a lease down does the work.
     pub fn threads(mut self, threads: usize) -> Self {
         self.threads = Some(threads);
         self
@@ -108,6 +112,57 @@ impl PoolBuilder {
     /// later with [`Pool::set_scrub_rate`].
     pub fn scrub_rate(mut self, rate: ScrubRate) -> Self {
         self.scrub_rate = Some(rate);
+        self
+    }
+
+    /// Keeps the pool on one NUMA node of the host, by the number that the host has for it (`/sys/devices/system/node`). By
+    /// default the kernel chooses where memory and threads are.
+    ///
+    /// - Its memory is bound (`mbind(2)`, `MPOL_BIND`): no page of it comes from another node while the process's cpuset has this one. Where the node has none left,
+    ///   whoever touches the next one is treated as if the host had none; [`populate`](Self::populate) finds that out first.
+    ///   Hugetlb pages are always populated when the pool is built.
+    /// - Its threads run on that node's processors, of which the thread that calls [`build`](Self::build) must be allowed some;
+    ///   where they cannot, a warning is logged. Threads of the embedder's run where they run, which without the `rayon` feature
+    ///   is all of the scrubbing but that in the background.
+    /// - Automatic NUMA balancing leaves bound memory alone. Elsewhere it moves pages of guests between nodes, and what they
+    ///   contained stays behind in memory that the pool no longer has.
+    ///
+    /// The calls that this takes (`mbind`, `sched_setaffinity`, and reading `/sys/devices/system/node` and
+    /// `/proc/thread-self/status`) are made by `build` and not again. A lease's memory should not be bound differently by the
+    /// VMM: its policy would come back to the pool with the pages.
+    ///
+    /// # Several nodes
+    ///
+    /// Each has a pool of its own. A guest with memory on two of them has a lease from each, and its two teardowns can run
+    /// at the same time:
+    ///
+    #[cfg_attr(feature = "kvm", doc = "```no_run")]
+    #[cfg_attr(not(feature = "kvm"), doc = "```ignore")]
+    /// use vm_memory::{GuestAddress, GuestMemoryMmap};
+    /// use vm_scrub::kvm::{MemslotOptions, Memslots};
+    /// use vm_scrub::Pool;
+    ///
+    /// let near = Pool::builder().capacity(64 << 30).numa_node(0).build()?;
+    /// let far = Pool::builder().capacity(64 << 30).numa_node(1).build()?;
+    /// let vm = kvm_ioctls::Kvm::new()?.create_vm()?;
+    ///
+    /// // A guest with two nodes of 2 GiB, and one memslot for each.
+    /// let low = near.lease(&[(GuestAddress(0), 2 << 30)])?;
+    /// let high = far.lease(&[(GuestAddress(4 << 30), 2 << 30)])?;
+    /// let mut low_slots = Memslots::register(&vm, &low)?;
+    /// let mut high_slots = Memslots::register_with(&vm, &high, MemslotOptions::new().first_slot(1))?;
+    /// let regions = [low.regions(|_| ()), high.regions(|_| ())].into_iter().flatten();
+    /// let memory: GuestMemoryMmap = GuestMemoryMmap::from_regions(regions.collect())?;
+    /// // ... the guest runs, and is stopped ...
+    /// drop(memory);
+    ///
+    /// // Both nodes scrub at once.
+    /// let tickets = [low.retire(low_slots.remove()?)?, high.retire(high_slots.remove()?)?];
+    /// # drop(tickets);
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    pub fn numa_node(mut self, node: u32) -> Self {
+        self.numa_node = Some(node);
         self
     }
 
@@ -144,23 +199,28 @@ impl PoolBuilder {
             .filter(|len| *len > 0 && len.is_multiple_of(BLOCK))
             .filter(|_| capacity / BLOCK_SIZE <= MOST_BLOCKS)
             .ok_or(PoolError::Capacity { capacity })?;
-        let threads = self
-            .threads
-            .unwrap_or_else(|| std::thread::available_parallelism().map_or(1, usize::from));
-        if !(1..=MAX_THREADS).contains(&threads) {
+        if let Some(threads) = self.threads.filter(|n| !(1..=MAX_THREADS).contains(n)) {
             return Err(PoolError::Threads { threads });
         }
         let bytes = map::host_page_size();
         if bytes != 4096 {
             return Err(PoolError::HostPageSize { bytes });
         }
+        let cpus = self.numa_node.map(node::processors).transpose()?.flatten();
+        let threads = self.threads.unwrap_or_else(|| {
+            let all = std::thread::available_parallelism().map_or(1, usize::from);
+            cpus.as_ref().map_or(all, |cpus| all.min(cpus.len()))
+        });
 
         let backing = self.map(len)?;
-        let workers =
-            Workers::start(threads).map_err(|source| PoolError::Workers { threads, source })?;
-        if self.populate {
-            populate(backing.as_ref(), len, &workers)
-                .map_err(|source| PoolError::Populate { capacity, source })?;
+        let workers = Workers::start(threads, cpus.as_ref())
+            .map_err(|source| PoolError::Workers { threads, source })?;
+        if self.is_populated()
+            && let Err(source) = populate(backing.as_ref(), len, &workers)
+        {
+            // Before the node's pages are counted, because by now they are this pool's.
+            drop(backing);
+            return Err(self.not_populated(source));
         }
         #[cfg_attr(
             not(any(test, feature = "test-support")),
@@ -174,15 +234,19 @@ impl PoolBuilder {
         }
         let clock = self.clock.unwrap_or_else(|| Box::new(SystemClock::new()));
         let background =
-            Background::start(Throttle::new(self.scrub_rate, clock)).map_err(|error| {
+            Background::start(Throttle::new(self.scrub_rate, clock), cpus).map_err(|error| {
                 PoolError::Workers {
                     threads: 1,
                     source: error.into(),
                 }
             })?;
         log::info!(
-            "pool of {capacity} bytes in {} pages, {threads} scrubbing threads",
-            self.page_size
+            "pool of {capacity} bytes in {} pages{}, {threads} scrubbing threads",
+            self.page_size,
+            match self.numa_node {
+                Some(node) => format!(" on NUMA node {node}"),
+                None => String::new(),
+            }
         );
         Ok(Pool {
             shared: Arc::new(Shared {
@@ -192,6 +256,7 @@ impl PoolBuilder {
                 windows: WindowSpace::new(usize::try_from(self.kept_windows).unwrap_or(usize::MAX)),
                 engine,
                 page_size: self.page_size,
+                numa_node: self.numa_node,
                 verify: self.policy.verify,
                 retain: self.policy.retain,
                 on_progress: self.on_progress,
@@ -199,28 +264,65 @@ impl PoolBuilder {
         })
     }
 
+    /// Whether the kernel supplies all memory when the pool is built: because it was asked to, or because hugetlb pages of one
+    /// node are promised by nothing else.
+    fn is_populated(&self) -> bool {
+        self.populate || self.needs_pages_of_node().is_some()
+    }
+
+    /// The node that must have a hugetlb page for each block.
+    fn needs_pages_of_node(&self) -> Option<u32> {
+        self.numa_node
+            .filter(|_| self.page_size == PageSize::Huge2M)
+    }
+
+    fn not_populated(&self, source: sys::Error) -> PoolError {
+        match self.needs_pages_of_node() {
+            // What is `SIGBUS` to whoever touches memory for which there is no page.
+            Some(node) if source.errno() == Some(libc::EFAULT) => PoolError::NoHugePages {
+                asked: self.capacity / BLOCK_SIZE,
+                free: hugetlb::free_2m_pages(Some(node)),
+                node: Some(node),
+            },
+            _ => PoolError::Populate {
+                capacity: self.capacity,
+                source,
+            },
+        }
+    }
+
+    fn not_mapped(&self, source: sys::Error) -> PoolError {
+        match self.numa_node {
+            Some(node) if source.call == sys::Call::Mbind => PoolError::NumaBind { node, source },
+            _ => PoolError::Map {
+                capacity: self.capacity,
+                source,
+            },
+        }
+    }
+
     fn map(&self, len: usize) -> Result<Box<dyn Backing>, PoolError> {
-        let capacity = self.capacity;
         let huge_pages = match self.page_size {
             PageSize::Base4K => false,
             PageSize::Transparent => true,
             PageSize::Huge2M => {
-                return match HugetlbArena::map(len, self.populate) {
+                return match HugetlbArena::map(len, self.is_populated(), self.numa_node) {
                     Ok(arena) => Ok(Box::new(arena)),
                     Err(HugetlbError::NoPages { free }) => Err(PoolError::NoHugePages {
-                        asked: capacity / BLOCK_SIZE,
+                        asked: self.capacity / BLOCK_SIZE,
                         free,
+                        node: None,
                     }),
-                    Err(HugetlbError::Sys(source)) => Err(PoolError::Map { capacity, source }),
+                    Err(HugetlbError::Sys(source)) => Err(self.not_mapped(source)),
                 };
             }
         };
-        match AnonymousArena::map(len, huge_pages) {
+        match AnonymousArena::map(len, huge_pages, self.numa_node) {
             Ok(arena) => Ok(Box::new(arena)),
             Err(source) if huge_pages && source.call == sys::Call::Madvise => {
                 Err(PoolError::NoTransparentHugePages { source })
             }
-            Err(source) => Err(PoolError::Map { capacity, source }),
+            Err(source) => Err(self.not_mapped(source)),
         }
     }
 }

@@ -4,7 +4,7 @@ use super::builder::MAX_THREADS;
 use crate::BLOCK_SIZE;
 use crate::arch::UnknownLoop;
 use crate::scrub::StartError;
-use crate::sys;
+use crate::sys::{self, hugetlb};
 
 /// Why a pool could not be made. Nothing is left behind.
 #[derive(Debug, thiserror::Error)]
@@ -33,17 +33,51 @@ pub enum PoolError {
         /// The size of the host's smallest page, in bytes.
         bytes: usize,
     },
-    /// The host has not enough free hugetlb pages.
+    /// The host, or the NUMA node, has not enough free hugetlb pages.
     #[error(
-        "{asked} free hugetlb pages of 2 MiB are needed{}: reserve them with `sysctl vm.nr_hugepages=N` (N counts the \
-         pages of all users), or at boot with `hugepages=N` on the kernel command line",
-        match .free { Some(free) => format!(" and {free} are free"), None => String::new() }
+        "{asked} free hugetlb pages of 2 MiB are needed{}{}: reserve them with {} (N counts the pages of all users), or at \
+         boot with `hugepages={}N` on the kernel command line",
+        match .node { Some(node) => format!(" on NUMA node {node}"), None => String::new() },
+        match .free { Some(free) => format!(" and {free} are free"), None => String::new() },
+        match .node {
+            Some(node) => format!("`echo N > {}/nr_hugepages`", hugetlb::directory_2m(Some(*node))),
+            None => "`sysctl vm.nr_hugepages=N`".to_owned(),
+        },
+        match .node { Some(node) => format!("{node}:"), None => String::new() }
     )]
     NoHugePages {
         /// How many pages the pool needs.
         asked: u64,
         /// How many are free, where the host says.
         free: Option<u64>,
+        /// The node that must have them, if it is that which has too few.
+        node: Option<u32>,
+    },
+    /// The host has no NUMA node of this number, or it has no memory, or none that this process may use.
+    #[error(
+        "NUMA node {node} has no memory that this process may use; {}",
+        match .nodes.as_slice() {
+            [] => "nor has any other node: see `Mems_allowed_list` in /proc/self/status".to_owned(),
+            nodes => format!("these have: {}", nodes.iter().map(u32::to_string).collect::<Vec<_>>().join(", ")),
+        }
+    )]
+    NoSuchNode {
+        /// The node that was asked for.
+        node: u32,
+        /// The nodes that could be asked for, in ascending order.
+        nodes: Vec<u32>,
+    },
+    /// The memory could not be bound to the NUMA node.
+    #[error(
+        "the pool could not be bound to NUMA node {node} ({source}): this takes a kernel with CONFIG_NUMA, /sys and /proc, and \
+         a seccomp filter that allows mbind(2) while the pool is built (that of many containers does so only with \
+         CAP_SYS_NICE); or build the pool without a node"
+    )]
+    NumaBind {
+        /// The node that was asked for.
+        node: u32,
+        /// The call that failed.
+        r#source: sys::Error,
     },
     /// The address space for the pool's memory could not be had.
     #[error(

@@ -18,6 +18,7 @@ mod builder;
 mod error;
 mod extents;
 mod ledger;
+mod node;
 mod page_size;
 mod progress;
 mod throttle;
@@ -61,6 +62,7 @@ pub(crate) struct Shared {
     pub(crate) windows: WindowSpace,
     pub(crate) engine: Engine,
     pub(crate) page_size: PageSize,
+    numa_node: Option<u32>,
     pub(crate) verify: Verify,
     /// Bytes of each lease that may stay populated when it has been scrubbed.
     pub(crate) retain: u64,
@@ -85,6 +87,7 @@ impl fmt::Debug for Shared {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Shared")
             .field("page_size", &self.page_size)
+            .field("numa_node", &self.numa_node)
             .field("accounts", &self.ledger.accounts())
             .field("engine", &self.engine)
             .finish_non_exhaustive()
@@ -110,6 +113,11 @@ impl Pool {
     /// The pages the pool is made of.
     pub fn page_size(&self) -> PageSize {
         self.shared.page_size
+    }
+
+    /// The NUMA node to which the pool is bound; see [`PoolBuilder::numa_node`].
+    pub fn numa_node(&self) -> Option<u32> {
+        self.shared.numa_node
     }
 
     /// How many threads scrub at the same time.

@@ -238,7 +238,7 @@ mod tests {
     /// Every page pattern is seen the same way by `PAGEMAP_SCAN` and by reading the pagemap.
     #[test]
     fn populated_pages_are_found_by_both_ways_of_asking() {
-        let arena = AnonymousArena::map(2 * BLOCK, false).unwrap();
+        let arena = AnonymousArena::map(2 * BLOCK, false, None).unwrap();
         for page in [0, 1, 2, 7, 511, 512, 600, 1023] {
             touch(&arena, page);
         }
@@ -260,7 +260,7 @@ mod tests {
 
     #[test]
     fn a_part_of_the_arena_is_asked_about_by_its_own_offsets() {
-        let arena = AnonymousArena::map(2 * BLOCK, false).unwrap();
+        let arena = AnonymousArena::map(2 * BLOCK, false, None).unwrap();
         touch(&arena, 3);
         touch(&arena, 520);
         let part = arena.residency(BLOCK..2 * BLOCK).unwrap();
@@ -270,7 +270,7 @@ mod tests {
 
     #[test]
     fn more_runs_than_one_answer_holds() {
-        let arena = AnonymousArena::map(8 * BLOCK, false).unwrap();
+        let arena = AnonymousArena::map(8 * BLOCK, false, None).unwrap();
         for page in (0..4096).step_by(2) {
             touch(&arena, page);
         }
@@ -286,7 +286,7 @@ mod tests {
 
     #[test]
     fn the_shared_zero_page_holds_no_data() {
-        let arena = AnonymousArena::map(BLOCK, false).unwrap();
+        let arena = AnonymousArena::map(BLOCK, false, None).unwrap();
         // SAFETY: the arena is mapped, readable and this test's own.
         unsafe { arena.arena().at(5 * PAGE).read_volatile() };
         let found = arena.residency(0..BLOCK).unwrap();
@@ -297,7 +297,7 @@ mod tests {
 
     #[test]
     fn huge_pages_count_whole() {
-        let arena = AnonymousArena::map(2 * BLOCK, true).unwrap();
+        let arena = AnonymousArena::map(2 * BLOCK, true, None).unwrap();
         touch(&arena, 0);
         let found = arena.residency(0..2 * BLOCK).unwrap();
         // One huge page, or one small page where the host has no huge page to give.
@@ -308,7 +308,7 @@ mod tests {
 
     #[test]
     fn not_knowing_is_an_error_and_never_empty() {
-        let arena = AnonymousArena::map(BLOCK, false).unwrap();
+        let arena = AnonymousArena::map(BLOCK, false, None).unwrap();
         for (call, errno) in [
             (Call::PagemapOpen, libc::EACCES),
             (Call::PagemapScan, libc::ENOMEM),

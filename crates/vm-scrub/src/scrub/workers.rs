@@ -2,6 +2,10 @@
 //!
 //! They are started when a pool is built: VMM threads often run under a seccomp filter that forbids new ones later.
 
+use crate::sys::numa::Numbers;
+#[cfg(feature = "rayon")]
+use crate::sys::thread;
+
 /// A fixed set of threads, or the calling thread alone.
 #[derive(Debug)]
 pub(crate) struct Workers {
@@ -21,17 +25,21 @@ impl Workers {
         }
     }
 
-    /// Starts `threads` threads; with one, or without the `rayon` feature, the caller does the work.
-    pub(crate) fn start(threads: usize) -> Result<Self, StartError> {
+    /// Starts `threads` threads that run on `cpus`, where these are given. With one that may run anywhere, or without the
+    /// `rayon` feature, the caller does the work: where its thread runs is its own affair.
+    pub(crate) fn start(threads: usize, cpus: Option<&Numbers>) -> Result<Self, StartError> {
         #[cfg(feature = "rayon")]
-        if threads > 1 {
+        if threads > 1 || cpus.is_some() {
             let pool = rayon::ThreadPoolBuilder::new()
                 .num_threads(threads)
                 .thread_name(|index| format!("vm-scrub-{index}"))
                 .build()?;
+            if let Some(cpus) = cpus {
+                pin(&pool, cpus);
+            }
             return Ok(Self { pool: Some(pool) });
         }
-        let _ = threads;
+        let _ = (threads, cpus);
         Ok(Self::caller())
     }
 
@@ -69,5 +77,56 @@ impl Workers {
             return;
         }
         work();
+    }
+}
+
+/// Pins all threads to `cpus`. They scrub as well where this is refused, only not as fast.
+#[cfg(feature = "rayon")]
+fn pin(pool: &rayon::ThreadPool, cpus: &Numbers) {
+    for worker in pool.broadcast(|_| thread::id()) {
+        if let Err(error) = thread::pin(worker, cpus) {
+            log::warn!("scrubbing thread {worker} is not kept on its NUMA node: {error}");
+        }
+    }
+}
+
+#[cfg(all(test, feature = "rayon"))]
+mod tests {
+    use super::*;
+    use crate::sys::thread::cpus_of_this_thread;
+    use std::sync::Mutex;
+
+    fn cpus_of(workers: &Workers) -> Vec<Numbers> {
+        let seen = Mutex::default();
+        workers.all(|| {
+            let cpus = cpus_of_this_thread();
+            let mut seen: std::sync::MutexGuard<'_, Vec<Numbers>> = seen.lock().unwrap();
+            seen.push(cpus);
+        });
+        seen.into_inner().unwrap()
+    }
+
+    #[test]
+    fn every_thread_runs_where_it_is_told_and_the_callers_where_it_did() {
+        let mine = cpus_of_this_thread();
+        for cpu in &mine {
+            let one = Numbers::from([*cpu]);
+            for threads in [1, 3] {
+                let workers = Workers::start(threads, Some(&one)).unwrap();
+                assert_eq!(cpus_of(&workers), vec![one.clone(); threads]);
+            }
+        }
+        assert_eq!(cpus_of_this_thread(), mine);
+        assert_eq!(
+            cpus_of(&Workers::start(2, None).unwrap()),
+            [mine.clone(), mine]
+        );
+    }
+
+    #[test]
+    fn processors_that_are_not_there_are_not_waited_for() {
+        let mine = cpus_of_this_thread();
+        let workers = Workers::start(2, Some(&Numbers::from([60_000]))).unwrap();
+        assert_eq!(cpus_of(&workers), [mine.clone(), mine]);
     }
 }

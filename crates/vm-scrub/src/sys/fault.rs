@@ -40,6 +40,14 @@ pub enum Call {
     MapsRead,
     /// `setpriority(2)` of the background thread.
     SetPriority,
+    /// `read(2)` of a list in `/sys/devices/system/node`.
+    NodeRead,
+    /// `read(2)` of `/proc/thread-self/status`.
+    StatusRead,
+    /// `mbind(2)`.
+    Mbind,
+    /// `sched_setaffinity(2)` of a scrubbing thread.
+    SchedSetaffinity,
     /// `ioctl(2)` `KVM_SET_USER_MEMORY_REGION` that adds a memslot.
     MemslotAdd,
     /// `ioctl(2)` `KVM_SET_USER_MEMORY_REGION` that deletes a memslot.
@@ -64,6 +72,10 @@ impl Call {
         Call::MapsQuery,
         Call::MapsRead,
         Call::SetPriority,
+        Call::NodeRead,
+        Call::StatusRead,
+        Call::Mbind,
+        Call::SchedSetaffinity,
         Call::MemslotAdd,
         Call::MemslotDelete,
     ];
@@ -86,6 +98,10 @@ impl Call {
             Call::MapsQuery => "ioctl(PROCMAP_QUERY)",
             Call::MapsRead => "read(/proc/self/maps)",
             Call::SetPriority => "setpriority",
+            Call::NodeRead => "read(/sys/devices/system/node)",
+            Call::StatusRead => "read(/proc/thread-self/status)",
+            Call::Mbind => "mbind",
+            Call::SchedSetaffinity => "sched_setaffinity",
             Call::MemslotAdd => "ioctl(KVM_SET_USER_MEMORY_REGION)",
             Call::MemslotDelete => "ioctl(KVM_SET_USER_MEMORY_REGION, size 0)",
         }
