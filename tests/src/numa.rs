@@ -8,15 +8,39 @@ use std::ptr;
 /// `/sys/devices/system/node`, where the kernel describes the nodes.
 const NODES: &str = "/sys/devices/system/node";
 
-/// A node with memory that this process may use; says that the test is skipped where the kernel has no nodes.
-pub fn node() -> Option<u32> {
+/// The nodes with memory that this process may use; none where the kernel has no nodes.
+fn nodes() -> BTreeSet<u32> {
     let Ok(list) = fs::read_to_string(format!("{NODES}/has_memory")) else {
-        crate::kvm::skipped(&"this kernel knows no NUMA nodes");
-        return None;
+        return BTreeSet::new();
     };
-    let allowed = status_line("/proc/self/status", "Mems_allowed_list").map(|list| numbers(&list));
-    let allowed = |node: &u32| allowed.as_ref().is_none_or(|all| all.contains(node));
-    numbers(&list).into_iter().find(allowed)
+    match status_line("/proc/self/status", "Mems_allowed_list") {
+        Some(allowed) => &numbers(&list) & &numbers(&allowed),
+        None => numbers(&list),
+    }
+}
+
+/// The last node with memory that this process may use, which on a host with several is not where most threads start; says
+/// that the test is skipped where the kernel has no nodes.
+pub fn node() -> Option<u32> {
+    let last = nodes().pop_last();
+    if last.is_none() {
+        crate::kvm::skipped(&"this kernel knows no NUMA nodes");
+    }
+    last
+}
+
+/// How many hugetlb pages to reserve so that each node gets `pages` of them: the kernel deals them out evenly.
+pub fn huge_pages_for(pages: u64) -> u64 {
+    pages * nodes().len().max(1) as u64
+}
+
+/// How many hugetlb pages of 2 MiB nobody has taken on `node`.
+pub fn free_huge_pages(node: u32) -> u64 {
+    let file = format!("{NODES}/node{node}/hugepages/hugepages-2048kB/free_hugepages");
+    let number = fs::read_to_string(file).ok();
+    number
+        .and_then(|text| text.trim().parse().ok())
+        .unwrap_or(0)
 }
 
 /// The mode and the nodes of the memory policy at `address`, by `get_mempolicy(2)`.

@@ -298,7 +298,7 @@ macro_rules! walks {
 
         #[test]
         fn $huge() {
-            with_huge_pages(stringify!($huge), BLOCKS, || $walk(PageSize::Huge2M));
+            with_huge_pages(stringify!($huge), numa::huge_pages_for(BLOCKS), || $walk(PageSize::Huge2M));
         }
     )+};
 }

@@ -13,8 +13,8 @@ use vm_scrub::{BLOCK_SIZE, Lease, PageSize, Pool, PoolBuilder, PoolError};
 use vm_scrub_tests::child::{alone, with_huge_pages};
 use vm_scrub_tests::numa::{self, cpus_of_threads, nodes_of_pages, policies_of, policy};
 use vm_scrub_tests::{
-    assert_nothing_dirty_left, fill, logs, maps, on_small_page_sizes, pools, quiesce, regions,
-    smear, teardown,
+    assert_nothing_dirty_left, fill, huge_pages, logs, maps, on_small_page_sizes, pools, quiesce,
+    regions, smear, teardown,
 };
 
 on_small_page_sizes!(a_guests_memory_is_bound_whoever_touches_it_first);
@@ -80,7 +80,7 @@ fn without_a_node_the_kernel_chooses() {
 fn hugetlb_pages_come_from_the_node_when_the_pool_is_built() {
     let test = "hugetlb_pages_come_from_the_node_when_the_pool_is_built";
     let Some(node) = numa::node() else { return };
-    with_huge_pages(test, 4, || {
+    with_huge_pages(test, numa::huge_pages_for(4), || {
         let pool = on_node(node, PageSize::Huge2M, 4).build().unwrap();
         assert_eq!(
             policies_of("memfd:vm-scrub"),
@@ -96,6 +96,38 @@ fn hugetlb_pages_come_from_the_node_when_the_pool_is_built() {
             assert!(teardown(lease).is_proven());
         }
         assert_nothing_dirty_left(&pool);
+    });
+}
+
+/// The kernel promises pages without asking where they are. On a host with one node they are always there.
+#[test]
+fn hugetlb_pages_of_another_node_do_not_count() {
+    let test = "hugetlb_pages_of_another_node_do_not_count";
+    let Some(node) = numa::node() else { return };
+    with_huge_pages(test, numa::huge_pages_for(4), || {
+        let (here, everywhere) = (numa::free_huge_pages(node), huge_pages::free());
+        if here >= everywhere {
+            return vm_scrub_tests::kvm::skipped(&"no free hugetlb pages on another node");
+        }
+        let error = on_node(node, PageSize::Huge2M, here + 1)
+            .build()
+            .unwrap_err();
+        assert!(
+            matches!(error, PoolError::NoHugePagesOnNode { asked, free, node: on }
+                if (asked, free, on) == (here + 1, Some(here), node)),
+            "{error:?}"
+        );
+        let text = error.to_string();
+        assert!(
+            text.contains(&format!("on NUMA node {node} and {here} are free"))
+                && text.contains(&format!(
+                    "/node/node{node}/hugepages/hugepages-2048kB/nr_hugepages`"
+                )),
+            "{text}"
+        );
+        // What was taken until it failed has been given back.
+        assert_eq!(huge_pages::free(), everywhere);
+        drop(on_node(node, PageSize::Huge2M, here).build().unwrap());
     });
 }
 

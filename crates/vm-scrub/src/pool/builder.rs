@@ -279,10 +279,10 @@ impl PoolBuilder {
     fn not_populated(&self, source: sys::Error) -> PoolError {
         match self.needs_pages_of_node() {
             // What is `SIGBUS` to whoever touches memory for which there is no page.
-            Some(node) if source.errno() == Some(libc::EFAULT) => PoolError::NoHugePages {
+            Some(node) if source.errno() == Some(libc::EFAULT) => PoolError::NoHugePagesOnNode {
+                node,
                 asked: self.capacity / BLOCK_SIZE,
                 free: hugetlb::free_2m_pages(Some(node)),
-                node: Some(node),
             },
             _ => PoolError::Populate {
                 capacity: self.capacity,
@@ -311,7 +311,6 @@ impl PoolBuilder {
                     Err(HugetlbError::NoPages { free }) => Err(PoolError::NoHugePages {
                         asked: self.capacity / BLOCK_SIZE,
                         free,
-                        node: None,
                     }),
                     Err(HugetlbError::Sys(source)) => Err(self.not_mapped(source)),
                 };

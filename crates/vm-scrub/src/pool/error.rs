@@ -33,25 +33,32 @@ pub enum PoolError {
         /// The size of the host's smallest page, in bytes.
         bytes: usize,
     },
-    /// The host, or the NUMA node, has not enough free hugetlb pages.
+    /// The host has not enough free hugetlb pages.
     #[error(
-        "{asked} free hugetlb pages of 2 MiB are needed{}{}: reserve them with {} (N counts the pages of all users), or at \
-         boot with `hugepages={}N` on the kernel command line",
-        match .node { Some(node) => format!(" on NUMA node {node}"), None => String::new() },
-        match .free { Some(free) => format!(" and {free} are free"), None => String::new() },
-        match .node {
-            Some(node) => format!("`echo N > {}/nr_hugepages`", hugetlb::directory_2m(Some(*node))),
-            None => "`sysctl vm.nr_hugepages=N`".to_owned(),
-        },
-        match .node { Some(node) => format!("{node}:"), None => String::new() }
+        "{asked} free hugetlb pages of 2 MiB are needed{}: reserve them with `sysctl vm.nr_hugepages=N` (N counts the \
+         pages of all users), or at boot with `hugepages=N` on the kernel command line",
+        match .free { Some(free) => format!(" and {free} are free"), None => String::new() }
     )]
     NoHugePages {
         /// How many pages the pool needs.
         asked: u64,
         /// How many are free, where the host says.
         free: Option<u64>,
-        /// The node that must have them, if it is that which has too few.
-        node: Option<u32>,
+    },
+    /// The NUMA node has not enough free hugetlb pages, be there enough on others.
+    #[error(
+        "{asked} free hugetlb pages of 2 MiB are needed on NUMA node {node}{}: reserve them with `echo N > {}/nr_hugepages` \
+         (N counts the pages of all users), or at boot with `hugepages={node}:N` on the kernel command line",
+        match .free { Some(free) => format!(" and {free} are free"), None => String::new() },
+        hugetlb::directory_2m(Some(*.node))
+    )]
+    NoHugePagesOnNode {
+        /// The node that was asked for.
+        node: u32,
+        /// How many pages the pool needs.
+        asked: u64,
+        /// How many are free there, where the host says.
+        free: Option<u64>,
     },
     /// The host has no NUMA node of this number, or it has no memory, or none that this process may use.
     #[error(
