@@ -2,16 +2,16 @@
 
 use super::background::Background;
 use super::node;
+use super::supply::Supply;
 use super::throttle::{Clock, SystemClock, Throttle};
 use super::{
     Ledger, MOST_BLOCKS, OnProgress, PageSize, Pool, PoolError, Progress, ScrubRate, Shared,
 };
 use crate::BLOCK_SIZE;
-use crate::backing::{AnonymousArena, BLOCK, Backing, HugetlbArena, HugetlbError, WindowSpace};
+use crate::backing::{BLOCK, WindowSpace};
 use crate::scrub::{Engine, Policy, Workers};
-use crate::sys::{self, hugetlb, map};
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use crate::sys::map;
+use std::sync::Arc;
 
 /// How much address space, in bytes, windows of guests that are gone keep by default: 1 TiB of the 128 TiB that a process
 /// on x86_64 has. Reserved address space costs no memory.
@@ -122,12 +122,13 @@ impl PoolBuilder {
     ///   whoever touches the next one is treated as if the host had none; [`populate`](Self::populate) finds that out first.
     ///   Hugetlb pages are always populated when the pool is built.
     /// - Its threads run on that node's processors, of which the thread that calls [`build`](Self::build) must be allowed some;
-    ///   where they cannot, a warning is logged. Threads of the embedder's run where they run, which without the `rayon` feature
-    ///   is all of the scrubbing but that in the background.
+    ///   where they cannot, a warning is logged. They do not help another node's pool, nor do that one's threads help here. What
+    ///   the embedder's threads scrub themselves, they scrub where they run: at most 1 MiB at a time, or everything without the
+    ///   `rayon` feature.
     /// - Automatic NUMA balancing leaves bound memory alone. Elsewhere it moves pages of guests between nodes, and what they
     ///   contained stays behind in memory that the pool no longer has.
     ///
-    /// The calls that this takes (`mbind`, `sched_setaffinity`, and reading `/sys/devices/system/node` and
+    /// The calls that this takes (`mbind`, `sched_setaffinity`, `gettid`, and reading `/sys/devices/system/node` and
     /// `/proc/thread-self/status`) are made by `build` and not again. A lease's memory should not be bound differently by the
     /// VMM: its policy would come back to the pool with the pages.
     ///
@@ -212,16 +213,16 @@ impl PoolBuilder {
             cpus.as_ref().map_or(all, |cpus| all.min(cpus.len()))
         });
 
-        let backing = self.map(len)?;
+        let supply = Supply {
+            len,
+            page_size: self.page_size,
+            populate: self.populate,
+            numa_node: self.numa_node,
+        };
+        let backing = supply.map()?;
         let workers = Workers::start(threads, cpus.as_ref())
             .map_err(|source| PoolError::Workers { threads, source })?;
-        if self.is_populated()
-            && let Err(source) = populate(backing.as_ref(), len, &workers)
-        {
-            // Before the node's pages are counted, because by now they are this pool's.
-            drop(backing);
-            return Err(self.not_populated(source));
-        }
+        let backing = supply.populate(backing, &workers)?;
         #[cfg_attr(
             not(any(test, feature = "test-support")),
             expect(unused_mut, reason = "only sabotage changes it")
@@ -262,89 +263,5 @@ impl PoolBuilder {
                 on_progress: self.on_progress,
             }),
         })
-    }
-
-    /// Whether the kernel supplies all memory when the pool is built: because it was asked to, or because hugetlb pages of one
-    /// node are promised by nothing else.
-    fn is_populated(&self) -> bool {
-        self.populate || self.needs_pages_of_node().is_some()
-    }
-
-    /// The node that must have a hugetlb page for each block.
-    fn needs_pages_of_node(&self) -> Option<u32> {
-        self.numa_node
-            .filter(|_| self.page_size == PageSize::Huge2M)
-    }
-
-    fn not_populated(&self, source: sys::Error) -> PoolError {
-        match self.needs_pages_of_node() {
-            // What is `SIGBUS` to whoever touches memory for which there is no page.
-            Some(node) if source.errno() == Some(libc::EFAULT) => PoolError::NoHugePagesOnNode {
-                node,
-                asked: self.capacity / BLOCK_SIZE,
-                free: hugetlb::free_2m_pages(Some(node)),
-            },
-            _ => PoolError::Populate {
-                capacity: self.capacity,
-                source,
-            },
-        }
-    }
-
-    fn not_mapped(&self, source: sys::Error) -> PoolError {
-        match self.numa_node {
-            Some(node) if source.call == sys::Call::Mbind => PoolError::NumaBind { node, source },
-            _ => PoolError::Map {
-                capacity: self.capacity,
-                source,
-            },
-        }
-    }
-
-    fn map(&self, len: usize) -> Result<Box<dyn Backing>, PoolError> {
-        let huge_pages = match self.page_size {
-            PageSize::Base4K => false,
-            PageSize::Transparent => true,
-            PageSize::Huge2M => {
-                return match HugetlbArena::map(len, self.is_populated(), self.numa_node) {
-                    Ok(arena) => Ok(Box::new(arena)),
-                    Err(HugetlbError::NoPages { free }) => Err(PoolError::NoHugePages {
-                        asked: self.capacity / BLOCK_SIZE,
-                        free,
-                    }),
-                    Err(HugetlbError::Sys(source)) => Err(self.not_mapped(source)),
-                };
-            }
-        };
-        match AnonymousArena::map(len, huge_pages, self.numa_node) {
-            Ok(arena) => Ok(Box::new(arena)),
-            Err(source) if huge_pages && source.call == sys::Call::Madvise => {
-                Err(PoolError::NoTransparentHugePages { source })
-            }
-            Err(source) => Err(self.not_mapped(source)),
-        }
-    }
-}
-
-/// Populates `[0, len)` of the arena with all threads, in chunks large enough that the calls themselves cost nothing.
-fn populate(backing: &dyn Backing, len: usize, workers: &Workers) -> sys::Result<()> {
-    const CHUNK: usize = 64 << 20;
-    let next = AtomicUsize::new(0);
-    let failed = Mutex::new(None);
-    workers.all(|| {
-        loop {
-            let start = next.fetch_add(CHUNK, Ordering::Relaxed);
-            if start >= len {
-                return;
-            }
-            if let Err(error) = backing.populate(start..len.min(start + CHUNK)) {
-                *failed.lock().unwrap_or_else(PoisonError::into_inner) = Some(error);
-                return;
-            }
-        }
-    });
-    match failed.into_inner().unwrap_or_else(PoisonError::into_inner) {
-        Some(error) => Err(error),
-        None => Ok(()),
     }
 }

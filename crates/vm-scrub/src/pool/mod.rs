@@ -21,6 +21,7 @@ mod ledger;
 mod node;
 mod page_size;
 mod progress;
+mod supply;
 mod throttle;
 
 pub use background::Priority;
