@@ -2,13 +2,41 @@
 
 use std::fs;
 use std::ops::Range;
+use vm_scrub::test_support::Call;
 
-/// Whether the kernel has `PAGEMAP_SCAN` (Linux 6.7), which tells the shared zero page from others.
+/// Whether the kernel has `PAGEMAP_SCAN`, which tells the shared zero page from others.
 pub fn has_pagemap_scan() -> bool {
+    is_at_least(6, 7)
+}
+
+/// Whether the kernel has `PROCMAP_QUERY`.
+pub fn has_procmap_query() -> bool {
+    is_at_least(6, 11)
+}
+
+fn is_at_least(major: u32, minor: u32) -> bool {
     let release = fs::read_to_string("/proc/sys/kernel/osrelease").expect("Linux says its release");
     let mut numbers = release.split(|c: char| !c.is_ascii_digit());
     let mut number = || numbers.next()?.parse::<u32>().ok();
-    (number(), number()) >= (Some(6), Some(7))
+    (number(), number()) >= (Some(major), Some(minor))
+}
+
+/// The call by which this kernel is asked what is populated.
+pub fn pagemap_call() -> Call {
+    if has_pagemap_scan() {
+        Call::PagemapScan
+    } else {
+        Call::PagemapRead
+    }
+}
+
+/// The call by which this kernel is asked what is mapped.
+pub fn maps_call() -> Call {
+    if has_procmap_query() {
+        Call::MapsQuery
+    } else {
+        Call::MapsRead
+    }
 }
 
 /// One mapping, from `/proc/self/smaps`.

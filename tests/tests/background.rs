@@ -6,8 +6,9 @@ use std::time::Duration;
 use vm_memory::{Bytes, GuestAddress};
 use vm_scrub::lease::{Cancelled, LeaseError};
 use vm_scrub::pool::Clock;
-use vm_scrub::test_support::{Call, inject};
+use vm_scrub::test_support::inject;
 use vm_scrub::{Lease, Pool, PoolBuilder, Priority, Quiesced, ScrubRate, TeardownError, Ticket};
+use vm_scrub_tests::maps::pagemap_call;
 
 const BLOCK: u64 = vm_scrub::BLOCK_SIZE;
 const PIECE: u64 = 256 << 10;
@@ -194,7 +195,7 @@ fn cancelling_hands_the_memory_back_dirty() {
 fn cancelling_after_a_block_was_lost_leaves_the_rest_dirty() {
     let (pool, _clock) = crawling(4);
     let (lease, quiesced) = dirty_lease(&pool, 4);
-    let fault = inject(Call::PagemapScan, 0, 2, libc::ENOMEM);
+    let fault = inject(pagemap_call(), 0, 2, libc::ENOMEM);
     let ticket = lease.retire(quiesced).unwrap();
     assert_eq!(
         fault.hits(),

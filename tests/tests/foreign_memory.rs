@@ -5,6 +5,7 @@ use std::io::Write;
 use std::os::fd::{AsRawFd, FromRawFd};
 use vm_scrub::test_support::{Call, inject};
 use vm_scrub::{Policy, Scrubbed, Verify, scrub_raw};
+use vm_scrub_tests::maps::{maps_call, pagemap_call};
 
 const PAGE: usize = 4096;
 const LEN: usize = 8 << 20;
@@ -168,9 +169,9 @@ fn pages_that_belong_to_the_range_in_part_are_scrubbed_in_that_part() {
 fn what_the_kernel_does_not_answer_is_scrubbed() {
     for call in [
         Call::MapsOpen,
-        Call::MapsQuery,
+        maps_call(),
         Call::PagemapOpen,
-        Call::PagemapScan,
+        pagemap_call(),
     ] {
         let memory = Mapping::anonymous(LEN);
         memory.touch(3);

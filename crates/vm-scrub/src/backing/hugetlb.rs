@@ -116,10 +116,7 @@ impl Backing for HugetlbArena {
     /// A page that a balloon took out of the file (`MADV_REMOVE`) has lost its reservation too. Touching it again raises
     /// `SIGBUS` if the host has no page left, so the kernel is asked to supply it first, which can be refused with an error.
     fn residency(&self, range: Range<usize>) -> sys::Result<Residency> {
-        match self.populate(range.clone()) {
-            // Before Linux 5.14 there is no such question.
-            Err(error) if error.errno() != Some(libc::EINVAL) => Err(error),
-            _ => Ok(Residency::all(range)),
-        }
+        self.populate(range.clone())?;
+        Ok(Residency::all(range))
     }
 }

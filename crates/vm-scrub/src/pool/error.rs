@@ -105,8 +105,8 @@ pub enum PoolError {
     },
     /// The memory could not be populated.
     #[error(
-        "{capacity} bytes could not be populated ({source}): the host or the control group has too little memory, or the \
-         kernel is older than 5.14; ask for less or do not populate up front"
+        "{capacity} bytes could not be populated ({source}): the host or the control group has too little memory; ask \
+         for less or do not populate up front"
     )]
     Populate {
         /// The pool's capacity, in bytes.

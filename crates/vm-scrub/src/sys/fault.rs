@@ -22,6 +22,8 @@ pub enum Call {
     Madvise,
     /// `madvise(2)` with `MADV_POPULATE_WRITE`.
     Populate,
+    /// `futex(2)` with `FUTEX_WAKE_OP`, which populates one page where `MADV_POPULATE_WRITE` is missing.
+    Touch,
     /// `memfd_create(2)`.
     MemfdCreate,
     /// `ftruncate(2)`.
@@ -63,6 +65,7 @@ impl Call {
         Call::Mprotect,
         Call::Madvise,
         Call::Populate,
+        Call::Touch,
         Call::MemfdCreate,
         Call::Ftruncate,
         Call::PagemapOpen,
@@ -89,6 +92,7 @@ impl Call {
             Call::Mprotect => "mprotect",
             Call::Madvise => "madvise",
             Call::Populate => "madvise(MADV_POPULATE_WRITE)",
+            Call::Touch => "futex(FUTEX_WAKE_OP)",
             Call::MemfdCreate => "memfd_create",
             Call::Ftruncate => "ftruncate",
             Call::PagemapOpen => "open(/proc/self/pagemap)",

@@ -3,10 +3,11 @@
 //! Addresses are passed as pointers that came from `mmap`; lengths are bytes and multiples of the page size. What makes
 //! these functions unsafe is always the same: they change mappings that somebody may hold references into.
 
-use super::{Call, Error, Result, fault};
+use super::{Call, Error, Result, fault, touch};
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::ptr;
+use std::sync::Once;
 
 /// What a range of memory is to be used for, as `madvise(2)` takes it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -230,11 +231,29 @@ pub(crate) unsafe fn advise(address: *mut u8, len: usize, advice: Advice) -> Res
     })
 }
 
-/// Faults in every page of `[address, address + len)` for writing (`MADV_POPULATE_WRITE`, Linux 5.14).
+/// Faults in every page of `[address, address + len)` for writing, without changing what they contain: all at once where the kernel
+/// has `MADV_POPULATE_WRITE` (Linux 5.14), [one by one](touch::each_page) where it has not.
 ///
 /// # Safety
-/// The range must be mapped writable and belong to the caller.
+/// As for [`touch::each_page`].
 pub(crate) unsafe fn populate(address: *mut u8, len: usize) -> Result<()> {
+    // SAFETY: passed on to the caller.
+    match unsafe { populate_at_once(address, len) } {
+        // The answer of kernels without it; also of those with it about memory that cannot be written to, and then
+        // touching it fails as well.
+        Err(error) if error.errno() == Some(libc::EINVAL) => {
+            static SAID: Once = Once::new();
+            SAID.call_once(|| log::info!("{error}: populating page by page instead"));
+            // SAFETY: passed on to the caller.
+            unsafe { touch::each_page(address, len) }
+        }
+        result => result,
+    }
+}
+
+/// # Safety
+/// The range must belong to the caller.
+unsafe fn populate_at_once(address: *mut u8, len: usize) -> Result<()> {
     fault::check(Call::Populate)?;
     loop {
         // SAFETY: the caller owns the range; populating does not change what the memory contains.

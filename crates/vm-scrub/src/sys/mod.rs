@@ -12,6 +12,7 @@ pub(crate) mod numa;
 pub(crate) mod pagemap;
 pub(crate) mod procmap;
 pub(crate) mod thread;
+pub(crate) mod touch;
 
 use std::fmt;
 use std::io;

@@ -1,0 +1,167 @@
+//! Everything that the library uses where the kernel has it, switched off by the answer that a kernel without it gives: what a
+//! Linux 5.10 cannot do is done another way, and a guest's memory is proven clean all the same.
+//!
+//! `PAGEMAP_SCAN` is in `residency.rs`. What the kernel cannot do is remembered by the whole process, so some run in a child.
+
+use vm_scrub::lease::QuarantineReason;
+use vm_scrub::test_support::{Call, inject};
+use vm_scrub::{BLOCK_SIZE, PageSize, Policy, PoolBuilder, PoolError, scrub_raw};
+use vm_scrub_tests::child::alone;
+use vm_scrub_tests::maps::populated_bytes;
+use vm_scrub_tests::{
+    HugePages, assert_all_zero, assert_nothing_dirty_left, fill, huge_pages, on_every_page_size,
+    on_small_page_sizes, pools, regions, teardown,
+};
+
+on_every_page_size!(without_madv_populate_write: 4);
+on_small_page_sizes!(without_guard_pages, without_page_merging);
+
+/// Faults belong to a thread, so these pools do all their work on the calling one.
+fn builder(page_size: PageSize) -> PoolBuilder {
+    pools::builder(page_size, 4).threads(1)
+}
+
+const WHOLE: [(u64, u64); 1] = [(0, 4 * BLOCK_SIZE)];
+
+/// Linux 5.14. All of the pool is populated nevertheless, and so are the windows of its guests.
+fn without_madv_populate_write(page_size: PageSize) {
+    let missing = inject(Call::Populate, 0, u32::MAX, libc::EINVAL);
+    let pool = builder(page_size).populate(true).build().unwrap();
+    assert!(missing.hits() > 0);
+    for _ in 0..2 {
+        let lease = pool.lease(&regions(&WHOLE)).unwrap();
+        let (_, start) = lease.host_addresses().remove(0);
+        let window = start.addr()..start.addr() + lease.bytes() as usize;
+        assert_eq!(populated_bytes(window), lease.bytes());
+        assert_all_zero(&lease);
+        fill(&lease, 1);
+        let receipt = teardown(lease);
+        assert!(receipt.is_proven());
+        assert_eq!(receipt.bytes_scrubbed, receipt.bytes_total);
+    }
+    assert_nothing_dirty_left(&pool);
+}
+
+/// Memory that cannot be had is an error also where it is touched page by page, and no signal.
+#[test]
+fn without_madv_populate_write_a_hugetlb_page_that_is_gone_is_quarantined() {
+    let Some(_reserved) = HugePages::reserve_alone(4) else {
+        return;
+    };
+    let missing = inject(Call::Populate, 0, u32::MAX, libc::EINVAL);
+    let pool = builder(PageSize::Huge2M).build().unwrap();
+    let lease = pool.lease(&regions(&WHOLE)).unwrap();
+    fill(&lease, 1);
+    let (_, start) = lease.host_addresses().remove(0);
+    let third = start.wrapping_add(2 * BLOCK_SIZE as usize);
+    // SAFETY: the range lies in the lease's window, to which nobody holds a reference.
+    let status = unsafe { libc::madvise(third.cast(), BLOCK_SIZE as usize, libc::MADV_REMOVE) };
+    assert_eq!(status, 0, "{}", std::io::Error::last_os_error());
+    let everything = huge_pages::free();
+    let other = pools::builder(PageSize::Huge2M, everything)
+        .build()
+        .unwrap();
+
+    let receipt = teardown(lease);
+    assert!(missing.hits() > 0);
+    assert_eq!(receipt.bytes_quarantined, BLOCK_SIZE, "{receipt:?}");
+    let range = &receipt.quarantined[0];
+    assert_eq!(range.guest_address, 2 * BLOCK_SIZE);
+    assert_eq!(range.reason, QuarantineReason::ResidencyUnknown);
+    assert!(range.detail.contains(Call::Touch.name()), "{range:?}");
+    drop(other);
+    assert_nothing_dirty_left(&pool);
+}
+
+/// A page that cannot be populated either way: the pool is not built, and the error names the call.
+#[test]
+fn without_madv_populate_write_a_pool_that_cannot_be_populated_is_an_error() {
+    let _missing = inject(Call::Populate, 0, u32::MAX, libc::EINVAL);
+    let touch = inject(Call::Touch, 700, 1, libc::ENOMEM);
+    let error = builder(PageSize::Base4K)
+        .populate(true)
+        .build()
+        .unwrap_err();
+    assert!(touch.hits() > 0);
+    assert!(matches!(error, PoolError::Populate { .. }), "{error}");
+    assert!(error.to_string().contains(Call::Touch.name()), "{error}");
+}
+
+/// `MADV_GUARD_REMOVE`, Linux 6.13: the second advice of a revocation, after the question whether all is anonymous memory.
+fn without_guard_pages(page_size: PageSize) {
+    let pool = builder(page_size).build().unwrap();
+    let lease = pool.lease(&regions(&WHOLE)).unwrap();
+    fill(&lease, 1);
+    let missing = inject(Call::Madvise, 1, 1, libc::EINVAL);
+    let receipt = teardown(lease);
+    assert_eq!(missing.hits(), 1);
+    drop(missing);
+    assert!(receipt.is_proven(), "{receipt:?}");
+    assert_nothing_dirty_left(&pool);
+}
+
+/// A kernel that was built without KSM refuses `MADV_UNMERGEABLE`: the third advice for an arena.
+fn without_page_merging(page_size: PageSize) {
+    let missing = inject(Call::Madvise, 2, 1, libc::EINVAL);
+    let pool = builder(page_size).build().unwrap();
+    assert_eq!(missing.hits(), 1);
+    drop(missing);
+    let lease = pool.lease(&regions(&WHOLE)).unwrap();
+    fill(&lease, 1);
+    assert!(teardown(lease).is_proven());
+    assert_nothing_dirty_left(&pool);
+}
+
+/// A kernel that was built without transparent huge pages refuses advice about them, the fifth for an arena. Small pages are
+/// all it has, so who asked for those gets them, and who asked for huge ones is told.
+#[test]
+fn without_transparent_huge_pages() {
+    let missing = inject(Call::Madvise, 4, 1, libc::EINVAL);
+    let pool = builder(PageSize::Base4K).build().unwrap();
+    assert_eq!(missing.hits(), 1);
+    drop(missing);
+    let lease = pool.lease(&regions(&WHOLE)).unwrap();
+    fill(&lease, 1);
+    assert!(teardown(lease).is_proven());
+
+    let _missing = inject(Call::Madvise, 4, 1, libc::EINVAL);
+    let error = builder(PageSize::Transparent).build().unwrap_err();
+    assert!(
+        matches!(error, PoolError::NoTransparentHugePages { .. }),
+        "{error}"
+    );
+}
+
+/// `PROCMAP_QUERY`, Linux 6.11: without it `/proc/self/maps` is read, and asked again no more.
+#[test]
+fn without_procmap_query() {
+    alone("without_procmap_query", || {
+        const LEN: usize = 2 << 20;
+        const PAGE: usize = 4096;
+        // SAFETY: a mapping at a place of the kernel's choice. Huge pages would populate neighbours.
+        let start = unsafe {
+            let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
+            let prot = libc::PROT_READ | libc::PROT_WRITE;
+            let start = libc::mmap(std::ptr::null_mut(), LEN, prot, flags, -1, 0);
+            assert_ne!(start, libc::MAP_FAILED);
+            assert_eq!(libc::madvise(start, LEN, libc::MADV_NOHUGEPAGE), 0);
+            start.cast::<u8>()
+        };
+        // Once this says that there is no such thing, whatever it would say is not heard any more.
+        for errno in [libc::ENOTTY, libc::EIO] {
+            let missing = inject(Call::MapsQuery, 0, u32::MAX, errno);
+            // SAFETY: mapped above, this test's own, and nobody refers to it.
+            let done = unsafe {
+                for page in [0, 3, 511] {
+                    start.add(page * PAGE).write_volatile(0x5e);
+                }
+                scrub_raw(start, LEN, &Policy::new()).unwrap()
+            };
+            assert!(errno == libc::EIO || missing.hits() > 0);
+            assert_eq!(done.bytes as usize, 3 * PAGE);
+            // SAFETY: as above.
+            let zero = |at| unsafe { start.add(at).read_volatile() } == 0;
+            assert!((0..LEN).all(zero));
+        }
+    });
+}
