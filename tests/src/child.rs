@@ -2,6 +2,7 @@
 //! mapped on purpose stays until its process ends.
 
 use crate::HugePages;
+use std::io::{Write, stderr};
 use std::process::{Command, ExitStatus, Stdio};
 
 /// Set in the child, to the name of the test that it is to run.
@@ -19,6 +20,10 @@ pub fn alone(test: &str, body: impl FnOnce()) {
     assert!(status.success(), "{test} in a child: {status}\n{output}");
     // A name that matches no test is a success too, for the child.
     assert!(output.contains("1 passed"), "{test} did not run:\n{output}");
+    // What the child says past its test harness goes past this one's too.
+    for line in output.lines().filter(|line| line.starts_with("SKIPPED ")) {
+        let _ = writeln!(stderr(), "\n{line}");
+    }
 }
 
 /// Runs `body` in a process of its own, for which `pages` hugetlb pages are free, or says that it is skipped.

@@ -33,8 +33,7 @@ fn a_lease_dropped_with_memslots_is_quarantined_and_its_guest_runs_on(page_size:
     running.wait_passes(1, LIMIT).unwrap();
     drop(lease);
     assert_eq!(pool.accounts().quarantined, BYTES);
-    let passes = running.passes().unwrap().into_iter().max().unwrap();
-    running.wait_passes(passes + 2, LIMIT).unwrap();
+    running.wait_more_passes(2, LIMIT).unwrap();
     running.stop(LIMIT).unwrap();
     assert_eq!(machine.count(&all, secret(2), LIMIT).unwrap(), BYTES / 2);
     assert_eq!(machine.count(&all, secret(1), LIMIT).unwrap(), BYTES / 2);

@@ -111,9 +111,32 @@ impl RunningGuest {
     ///
     /// [`Error::GuestStopped`] if a vCPU stops before that; [`Error::TimedOut`].
     pub fn wait_passes(&mut self, passes: u64, limit: Duration) -> Result<(), Error> {
+        self.wait_until_passed(&vec![passes; self.vcpus.len()], limit)
+    }
+
+    /// Waits until every started vCPU has been through its share `passes` times more than it has been by now: it still writes.
+    /// One that is far behind another one need not catch up.
+    ///
+    /// # Errors
+    ///
+    /// As for [`wait_passes`](Self::wait_passes).
+    pub fn wait_more_passes(&mut self, passes: u64, limit: Duration) -> Result<(), Error> {
+        let mut wanted = self.passes()?;
+        for done in &mut wanted {
+            *done = done.saturating_add(passes);
+        }
+        self.wait_until_passed(&wanted, limit)
+    }
+
+    fn wait_until_passed(&mut self, wanted: &[u64], limit: Duration) -> Result<(), Error> {
         let deadline = deadline(limit);
         loop {
-            if self.passes()?.into_iter().all(|done| done >= passes) {
+            if self
+                .passes()?
+                .iter()
+                .zip(wanted)
+                .all(|(done, wanted)| done >= wanted)
+            {
                 return Ok(());
             }
             self.collect(deadline.min(Instant::now() + KICK_INTERVAL));

@@ -170,7 +170,7 @@ fn populated_pages(
                 runs.into_iter().for_each(found);
                 return Ok(());
             }
-            Err(error) if matches!(error.errno(), Some(libc::ENOTTY | libc::EINVAL)) => {
+            Err(error) if error.is_no_such_ioctl() || error.errno() == Some(libc::EINVAL) => {
                 if !NO_PAGEMAP_SCAN.swap(true, Ordering::Relaxed) {
                     log::info!("no PAGEMAP_SCAN on this kernel, reading the pagemap instead");
                 }
@@ -207,11 +207,13 @@ fn for_each_anonymous(
                     }
                 }
                 Ok(_) => return Ok(()),
-                Err(error) if error.errno() == Some(libc::ENOTTY) && at == addresses.start => break,
+                Err(error) if error.is_no_such_ioctl() && at == addresses.start => break,
                 Err(error) => return Err(error),
             }
         }
-        NO_PROCMAP_QUERY.store(true, Ordering::Relaxed);
+        if !NO_PROCMAP_QUERY.swap(true, Ordering::Relaxed) {
+            log::info!("no PROCMAP_QUERY on this kernel, reading the list of mappings instead");
+        }
     }
     procmap::read_all()?.iter().try_for_each(part)
 }

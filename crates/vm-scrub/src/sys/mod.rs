@@ -44,6 +44,12 @@ impl Error {
     pub(crate) fn errno(&self) -> Option<i32> {
         self.source.raw_os_error()
     }
+
+    /// Whether this is what is answered to an `ioctl(2)` that there is not: by the kernel, or by what stands in for one (a
+    /// sandbox, a user-mode emulator).
+    pub(crate) fn is_no_such_ioctl(&self) -> bool {
+        matches!(self.errno(), Some(libc::ENOTTY | libc::ENOSYS))
+    }
 }
 
 impl fmt::Display for Error {

@@ -75,7 +75,7 @@ impl Pagemap {
 
     /// Calls `found` with each maximal run of populated pages in `range` (addresses, page aligned), in ascending order.
     ///
-    /// Fails with `ENOTTY` or `EINVAL` on kernels without `PAGEMAP_SCAN`.
+    /// Fails with `ENOTTY` (or `ENOSYS`) or `EINVAL` where there is no `PAGEMAP_SCAN`.
     pub(crate) fn scan(
         &self,
         range: Range<usize>,
