@@ -1,0 +1,115 @@
+#!/usr/bin/env bash
+# Runs the tests of the library and of its KVM guests on other kernels, in machines that QEMU emulates: AMD processors with
+# SVM, once with nested paging and once with shadow paging. So a real kvm_amd is tested, whatever this host's KVM is, and the
+# ways round what older kernels do not have. Ends with a table; is a failure if a test failed, or a machine did not boot.
+#
+# usage: scripts/test-in-qemu.sh [--brief] [KERNEL...]
+#
+# A kernel is a series of which Debian has packages; 6.1 and 6.12 if none is named. --brief leaves out the programs that take many
+# minutes in an emulator. VM_SCRUB_QEMU_TESTS may hold a pattern: only programs whose names match are run. Needs no KVM, no root, and
+# on the first run a network.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+source scripts/lib/debian.sh
+
+# Seconds: for one test program, and for all that a machine does.
+program_limit=1800
+machine_limit=5400
+# Walks over everything and random sequences, which do again and again what shorter tests do once, and guests by the hundred.
+long='^(faults|faults_in_pairs|concurrent|model|kvm_thousand_leases|kvm_generations|kvm_layouts)$'
+left_out=
+if [[ ${1-} == --brief ]]; then
+    shift
+    left_out=$long
+    program_limit=240
+    machine_limit=900
+fi
+kernels=("$@")
+[[ $# -gt 0 ]] || kernels=(6.1 6.12)
+pagings=(nested shadow)
+target=x86_64-unknown-linux-musl
+out=target/qemu
+
+unpack qemu qemu-system-x86 busybox-static
+for kernel in "${kernels[@]}"; do
+    unpack_kernel "$kernel"
+done
+rust_target "$target"
+
+# The programs are linked statically, and so need nothing else in the machine.
+printf '\n== building the tests for %s\n' "$target"
+rm -rf "$out"
+mkdir -p "$out"
+cargo test --locked --no-run --profile emulated --target "$target" \
+    -p vm-scrub -p vm-scrub-vmm -p vm-scrub-tests 2>&1 | tee "$out/build.log"
+declare -A programs
+while read -r path; do
+    name=${path##*/}
+    programs[${name%-*}]=$path
+done < <(sed -n 's/^ *Executable .*(\(.*\))$/\1/p' "$out/build.log")
+mapfile -t all < <(printf '%s\n' "${!programs[@]}" | grep -E "${VM_SCRUB_QEMU_TESTS:-.}" | sort)
+[[ ${#all[@]} -gt 0 ]] || die "no test program has such a name"
+
+# Which of them run in a machine: how KVM pages makes a difference to those with guests only.
+tests_of() {
+    case $1 in
+        nested) printf '%s\n' "${all[@]}" ;;
+        shadow) printf '%s\n' "${all[@]}" | grep -E '^(kvm_|vm_scrub_vmm$|guest_memory$|losing_memory$)' ;;
+    esac
+}
+
+# initramfs KERNEL PAGING: everything that the machine has, packed.
+initramfs() {
+    local dir=$out/$1-$2 busybox=$cache/qemu/bin/busybox name module
+    mkdir -p "$dir"/{tests,modules}
+    cp scripts/lib/qemu-init "$dir/init"
+    chmod +x "$dir/init"
+    cp "$busybox" "$dir/busybox"
+    echo "limit=$program_limit" >"$dir/limits"
+    tests_of "$2" >"$dir.tests"
+    grep -vE "${left_out:-^$}" "$dir.tests" >"$dir/order"
+    while read -r name; do
+        cp "${programs[$name]}" "$dir/tests/$name"
+    done <"$dir/order"
+    for module in irqbypass kvm kvm-amd; do
+        module=$(find "$cache/linux-$1" -name "$module.ko*")
+        case $module in
+            *.xz) "$busybox" xzcat "$module" >"$dir/modules/$(basename "$module" .xz)" ;;
+            *) cp "$module" "$dir/modules" ;;
+        esac
+    done
+    (cd "$dir" && find . | "$busybox" cpio -o -H newc 2>/dev/null) | gzip -1 >"$dir.img"
+    rm -r "$dir"
+}
+
+# boot KERNEL PAGING: what the console shows lies in a file afterwards.
+boot() {
+    local root=$cache/qemu cpu=EPYC,+svm
+    [[ $2 == nested ]] || cpu+=,-npt
+    # One thread for both processors: with two, QEMU 7.2 crashes the kernel in half of the boots.
+    LD_LIBRARY_PATH=$root/usr/lib/x86_64-linux-gnu:$root/lib/x86_64-linux-gnu \
+        timeout --kill-after=10 "$machine_limit" "$root/usr/bin/qemu-system-x86_64" \
+        -L "$root/usr/share/qemu" -L "$root/usr/share/seabios" \
+        -machine q35 -accel tcg,thread=single -cpu "$cpu" -smp 2 -m 4G -nodefaults -display none -serial stdio -no-reboot \
+        -kernel "$cache/linux-$1"/boot/vmlinuz-* -initrd "$out/$1-$2.img" \
+        -append 'console=ttyS0 panic=-1 quiet' </dev/null >"$out/$1-$2.log" 2>&1 || echo "@ ended $?" >>"$out/$1-$2.log"
+}
+
+machines=()
+for kernel in "${kernels[@]}"; do
+    for paging in "${pagings[@]}"; do
+        machines+=("$kernel-$paging")
+        initramfs "$kernel" "$paging"
+    done
+done
+printf '\n== running %s, for at most %s s each; the consoles are in %s\n' "${machines[*]}" "$machine_limit" "$out"
+# As many at a time as there are processors.
+for machine in "${machines[@]}"; do
+    while [[ $(jobs -rp | wc -l) -ge $(nproc) ]]; do
+        wait -n || true
+    done
+    boot "${machine%-*}" "${machine##*-}" &
+done
+wait
+
+awk -v left_out="$left_out" -f scripts/lib/qemu-table.awk "${machines[@]/#/$out/}"
