@@ -9,16 +9,17 @@ die() {
     exit 1
 }
 
-# apt with lists and archives of our own: the machine's may be old, missing, or another user's.
+# Where apt takes packages from: as this machine says, with lists of our own. Its lists may be old, missing, or another user's.
+apt_from=(-o "Dir::State::lists=$cache/apt/lists")
+
 apt() {
     local tool=$1
     shift
     timeout --kill-after=10 300 "$tool" -q \
         -o Debug::NoLocking=1 \
-        -o Dir::State::lists="$cache/apt/lists" \
         -o Dir::Cache="$cache/apt" \
         -o APT::Sandbox::User= \
-        "$@"
+        "${apt_from[@]}" "$@"
 }
 
 # Takes the lock on the cache and reads the lists of packages, once.
@@ -65,13 +66,35 @@ unpack() {
     unpack_archives "$name" "$@"
 }
 
-# unpack_kernel VERSION: $cache/linux-VERSION holds the newest kernel of that series afterwards, in the flavour for virtual
-# machines. What its package depends on is for booting from a disk.
+# The newest kernel of a series that there is, in the flavour for virtual machines.
+newest_kernel() {
+    apt apt-cache pkgnames "linux-image-$1." | sed -nE '/^linux-image-[0-9][^-]*(-[0-9]+)?-cloud-amd64$/p' | sort -V | tail -n 1
+}
+
+# Turns to the release before Debian 12, from where this machine has its own.
+use_release_before() {
+    local dir=$cache/apt/before file
+    mkdir -p "$dir"/{lists/partial,sources}
+    for file in /etc/apt/sources.list /etc/apt/sources.list.d/*.{list,sources}; do
+        if [[ -f $file ]]; then
+            sed 's/bookworm/bullseye/g' "$file" >"$dir/sources/${file##*/}"
+        fi
+    done
+    apt_from=(-o "Dir::State::lists=$dir/lists" -o Dir::Etc::sourcelist=/dev/null -o "Dir::Etc::sourceparts=$dir/sources")
+    apt apt-get update >&2
+}
+
+# unpack_kernel SERIES: $cache/linux-SERIES holds its newest kernel afterwards. What its package depends on is for booting from a
+# disk. Debian 12 has 6.1 and 6.12; 5.10 is of the release before.
 unpack_kernel() {
-    local name=linux-$1 package
+    local name=linux-$1 package apt_from=("${apt_from[@]}")
     ! is_cached "$name" "$1" || return 0
     apt_ready
-    package=$(apt apt-cache pkgnames "linux-image-$1." | grep -E '^linux-image-[0-9][^-]*(-[0-9]+)?-cloud-amd64$' | sort -V | tail -n 1)
+    package=$(newest_kernel "$1")
+    if [[ ! $package ]]; then
+        use_release_before
+        package=$(newest_kernel "$1")
+    fi
     [[ $package ]] || die "no package has a kernel $1; is there a network, and is this Debian 12?"
     rm -rf "$cache/apt/$name"
     mkdir -p "$cache/apt/$name"

@@ -66,8 +66,10 @@
 //!
 //! # Hosts
 //!
-//! Linux 5.14 and later (5.10 where nothing is populated up front) with 4 KiB pages, on x86_64, with glibc or musl. aarch64 is
-//! written for; its loops were tested under emulation, and nothing on hardware yet. From Linux 6.7 on, the kernel is asked for populated pages by `PAGEMAP_SCAN`; before, by reading the pagemap.
+//! Linux 5.10 and later with 4 KiB pages, on x86_64, with glibc or musl. aarch64 is written for; its unit tests pass under emulation,
+//! and nothing was run on hardware yet. What newer kernels have is used where it is there, and the log says what is done
+//! instead where it is not: `MADV_POPULATE_WRITE` (Linux 5.14), or the kernel touches each page (`FUTEX_WAKE_OP`); `PAGEMAP_SCAN`
+//! (6.7), or the pagemap is read; `PROCMAP_QUERY` (6.11), or `/proc/self/maps` is read.
 
 #![cfg_attr(
     not(feature = "kvm"),
