@@ -37,7 +37,7 @@ pub(crate) fn pin(thread: libc::pid_t, cpus: &Numbers) -> Result<()> {
 }
 
 /// The processors on which the calling thread may run, by its own account.
-#[cfg(test)]
+#[cfg(all(test, feature = "rayon"))]
 pub(crate) fn cpus_of_this_thread() -> Numbers {
     numa::allowed((0..1024).collect(), "Cpus_allowed_list").unwrap()
 }
