@@ -80,7 +80,7 @@ fn picture(results: &Results) -> Markup {
             text.title x=(MARGIN) y="32" { (title) }
             text.soft x=(MARGIN) y="52" { (subtitle(rows().next())) }
             text.soft x=(MARGIN) y="68" {
-                "Only vm-scrub takes the memory away from the old guest; the last three of each leave it where it is."
+                "Only vm-scrub reads back; the last three of each leave the memory where the old guest can write to it."
             }
             @for (value, text) in scale.ticks(1.0) {
                 @let x = place(scale.at(value));
