@@ -4,6 +4,7 @@
 //! answers.
 
 use core::arch::x86_64::{__cpuid, __cpuid_count, CpuidResult};
+#[cfg(not(miri))]
 use std::sync::OnceLock;
 
 /// Subleaf 0 of `leaf`, if the processor has that leaf; a leaf beyond the last one would answer
@@ -22,6 +23,7 @@ pub(super) fn leaf(leaf: u32) -> Option<CpuidResult> {
 }
 
 /// Whether this processor flushes lines without an order among them (leaf 7, EBX bit 23).
+#[cfg(not(miri))]
 pub(in crate::arch) fn has_clflushopt() -> bool {
     static AVAILABLE: OnceLock<bool> = OnceLock::new();
     *AVAILABLE.get_or_init(|| leaf(7).is_some_and(|leaf| leaf.ebx & (1 << 23) != 0))

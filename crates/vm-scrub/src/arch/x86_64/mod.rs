@@ -7,4 +7,5 @@ mod cpuid;
 pub mod rep_stosb;
 pub mod sse2;
 
+#[cfg(not(miri))]
 pub(super) use cpuid::has_clflushopt;
