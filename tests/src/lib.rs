@@ -10,6 +10,7 @@ pub mod kvm;
 pub mod logs;
 pub mod maps;
 pub mod numa;
+pub mod pinned;
 pub mod pools;
 
 pub use guest::{assert_all_zero, fill, first_nonzero, smear};

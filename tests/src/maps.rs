@@ -3,6 +3,7 @@
 use std::fs;
 use std::ops::Range;
 use vm_scrub::test_support::Call;
+use vm_scrub::{PageSize, Revocation};
 
 /// Whether the kernel has `PAGEMAP_SCAN`, which tells the shared zero page from others.
 pub fn has_pagemap_scan() -> bool {
@@ -12,6 +13,20 @@ pub fn has_pagemap_scan() -> bool {
 /// Whether the kernel has `PROCMAP_QUERY`.
 pub fn has_procmap_query() -> bool {
     is_at_least(6, 11)
+}
+
+/// Whether the kernel has `UFFDIO_MOVE`.
+pub fn has_uffdio_move() -> bool {
+    is_at_least(6, 8)
+}
+
+/// How memory of these pages is taken away from guests here, if nobody says otherwise.
+pub fn revocation(page_size: PageSize) -> Revocation {
+    match page_size {
+        PageSize::Huge2M => Revocation::ViewReplaced,
+        _ if has_uffdio_move() => Revocation::Move,
+        _ => Revocation::Mremap,
+    }
 }
 
 fn is_at_least(major: u32, minor: u32) -> bool {
@@ -48,6 +63,8 @@ pub struct Mapping {
     pub permissions: String,
     /// Bytes that are populated.
     pub resident: u64,
+    /// Bytes that are populated with transparent huge pages.
+    pub huge: u64,
     /// Two-letter flags: `dd` is not dumped, `dc` is not inherited by children, `mg` may be merged.
     pub flags: Vec<String>,
 }
@@ -73,6 +90,7 @@ pub fn mappings(range: Range<usize>) -> Vec<Mapping> {
                 "Rss" => mapping.resident = kilobytes(rest),
                 // Hugetlb pages are not in Rss.
                 "Private_Hugetlb" | "Shared_Hugetlb" => mapping.resident += kilobytes(rest),
+                "AnonHugePages" => mapping.huge = kilobytes(rest),
                 "VmFlags" => mapping.flags = rest.split_whitespace().map(str::to_owned).collect(),
                 _ => {}
             }
@@ -82,6 +100,7 @@ pub fn mappings(range: Range<usize>) -> Vec<Mapping> {
                 range: address(start)..address(end),
                 permissions: rest.chars().take(4).collect(),
                 resident: 0,
+                huge: 0,
                 flags: Vec::new(),
             });
         }

@@ -3,6 +3,7 @@
 use serde_json::{Value, json};
 use vm_scrub::test_support::{Sabotage, build_sabotaged};
 use vm_scrub::{Accounts, BLOCK_SIZE, PageSize, Policy, ScrubReceipt, Verify};
+use vm_scrub_tests::maps::has_uffdio_move;
 use vm_scrub_tests::{fill, on_every_page_size, pool, pools, regions, teardown};
 
 on_every_page_size!(a_proven_receipt: 4);
@@ -67,9 +68,10 @@ fn a_proven_receipt(page_size: PageSize) {
         ])
     );
     assert_eq!(json["blocks"], json!([{ "first": 0, "blocks": 4 }]));
+    let anonymous = if has_uffdio_move() { "move" } else { "mremap" };
     let (name, revocation) = match page_size {
-        PageSize::Base4K => ("4k", "mremap"),
-        PageSize::Transparent => ("thp", "mremap"),
+        PageSize::Base4K => ("4k", anonymous),
+        PageSize::Transparent => ("thp", anonymous),
         _ => ("2m", "view-replaced"),
     };
     assert_eq!(

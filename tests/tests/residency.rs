@@ -6,7 +6,7 @@ use std::ops::Range;
 use vm_memory::{Bytes, GuestAddress};
 use vm_scrub::lease::QuarantineReason;
 use vm_scrub::test_support::{Call, inject};
-use vm_scrub::{BLOCK_SIZE, Lease, PageSize, Pool};
+use vm_scrub::{BLOCK_SIZE, Lease, PageSize, Pool, RevokeBy};
 use vm_scrub_tests::child::alone;
 use vm_scrub_tests::maps::{has_pagemap_scan, populated_bytes};
 use vm_scrub_tests::{
@@ -113,7 +113,9 @@ fn a_kernel_without_pagemap_scan_is_asked_page_by_page() {
             // Remembered by the whole process, so the fault is needed only once.
             let fault = inject(Call::PagemapScan, 0, 1, libc::ENOTTY);
             for _ in 0..3 {
-                let pool = pool(PageSize::Base4K, 4);
+                // Such a kernel has no other way to revoke.
+                let builder = pools::builder(PageSize::Base4K, 4);
+                let pool = builder.revoke_by(RevokeBy::Mremap).build().unwrap();
                 let lease = whole(&pool);
                 let written = write_pages(&lease, (0..2048).step_by(5));
                 // Reading counts here: the pagemap does not tell the zero page from others.

@@ -116,7 +116,7 @@ pub use scrub::{
 pub use sys::{Call as SysCall, Error as SysError};
 #[cfg(feature = "vm-memory")]
 pub use {
-    backing::Revocation,
+    backing::{Revocation, RevokeBy},
     lease::{GuestRegion, Lease, LeaseError, Quiesced, ScrubReceipt, TeardownError, Ticket},
     pool::{
         Accounts, Extent, LeaseId, PageSize, Pool, PoolBuilder, PoolError, Priority, Progress,

@@ -3,7 +3,7 @@
 //! Behind the feature `test-support`, which nothing but this project's own command and tests should turn on.
 
 pub use crate::scrub::Sabotage;
-pub use crate::sys::fault::{Call, FaultGuard, inject};
+pub use crate::sys::fault::{Call, FaultGuard, inject, inject_short};
 #[cfg(feature = "vm-memory")]
 use crate::{Pool, PoolBuilder, PoolError};
 

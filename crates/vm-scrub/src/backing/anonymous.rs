@@ -1,15 +1,21 @@
 //! Private anonymous memory: granted and revoked by moving pages between the arena and a window.
 //!
 //! A page is in exactly one place at any time. `mremap(2)` moves page tables, not bytes, so a gigabyte changes hands in
-//! milliseconds and stays populated: the next guest takes no page faults.
+//! milliseconds and stays populated: the next guest takes no page faults. On the way back the kernel can be asked whether
+//! somebody else may still write to a page ([`isolation`](super::isolation)).
 
-use super::{BLOCK, Backing, NotGranted, Revocation, Revoked, Window, WindowSpace, keep_private};
-use crate::scrub::{HostPtr, Residency, get_ready};
+use super::isolation::Isolation;
+use super::{
+    BLOCK, Backing, NotGranted, NotPrepared, Revocation, RevokeBy, Revoked, Window, WindowSpace,
+    keep_private,
+};
+use crate::scrub::{HostPtr, Residency, Workers, get_ready};
 use crate::sys;
 use crate::sys::map::{self, Advice};
 use crate::sys::numa;
 use std::io;
 use std::ops::Range;
+use std::time::Duration;
 
 /// The smallest piece, in bytes, that a move is split into: any host page size divides it or is this.
 const SMALLEST_MOVE: usize = 4096;
@@ -20,6 +26,8 @@ pub(crate) struct AnonymousArena {
     window: Option<Window>,
     base: HostPtr,
     huge_pages: bool,
+    /// `None` where pages come home by `mremap` alone.
+    isolation: Option<Isolation>,
 }
 
 impl AnonymousArena {
@@ -47,6 +55,7 @@ impl AnonymousArena {
             window: Some(window),
             base,
             huge_pages,
+            isolation: None,
         };
         // SAFETY: the range was mapped just now and is ours.
         match unsafe { map::advise(base.0, len, arena.page_advice()) } {
@@ -129,6 +138,24 @@ impl AnonymousArena {
         }
         Ok(())
     }
+
+    /// Moves a window's pages home by `mremap` and closes the window.
+    ///
+    /// # Safety
+    /// `[offset, offset + len)` must have been granted at `window`, and nobody may hold a Rust reference into it.
+    unsafe fn take_back(&self, offset: usize, window: *mut u8, len: usize) -> sys::Result<Revoked> {
+        let home = self.base.at(offset);
+        // SAFETY: the arena's own range is empty and ours, and nobody holds references. After the move a stray access to the
+        // window can reach only fresh pages of the window itself, and the next call throws those away and closes it.
+        unsafe {
+            move_pieces(window, home, len).map_err(|(_, error)| error)?;
+            if let Some(isolation) = &self.isolation {
+                isolation.register_again(home, len);
+            }
+            map::make_inaccessible(window, len)?;
+        }
+        Ok(Revoked::whole(Revocation::Mremap))
+    }
 }
 
 impl Backing for AnonymousArena {
@@ -137,7 +164,27 @@ impl Backing for AnonymousArena {
     }
 
     fn revocation(&self) -> Revocation {
-        Revocation::Mremap
+        match self.isolation {
+            Some(_) => Revocation::Move,
+            None => Revocation::Mremap,
+        }
+    }
+
+    fn prepare(&mut self, by: RevokeBy, patience: Duration) -> Result<(), NotPrepared> {
+        let len = self.window.as_ref().map_or(0, Window::len);
+        if by == RevokeBy::Mremap || len == 0 {
+            return Ok(());
+        }
+        // SAFETY: the arena is ours, mapped for as long as we live, and nobody looks at pages of it that are not populated: the
+        // scrubber asks which are.
+        match unsafe { Isolation::new(self.base, len, !self.huge_pages, patience) } {
+            Ok(isolation) => self.isolation = Some(isolation),
+            Err(error) if by == RevokeBy::Move => return Err(NotPrepared::Sys(error)),
+            Err(error) => {
+                log::info!("pages pinned for DMA or shared will not be found: {error}");
+            }
+        }
+        Ok(())
     }
 
     unsafe fn grant(&self, offset: usize, window: *mut u8, len: usize) -> Result<(), NotGranted> {
@@ -159,7 +206,7 @@ impl Backing for AnonymousArena {
             return Ok(());
         };
         // SAFETY: what was moved was granted at `window`, and nobody has seen it.
-        let mut stuck = moved > 0 && unsafe { self.revoke(offset, window, moved) }.is_err();
+        let mut stuck = moved > 0 && unsafe { self.take_back(offset, window, moved) }.is_err();
         if writable {
             // SAFETY: as above; what was moved is back, and the rest never had anything in it.
             let rest = unsafe { map::make_inaccessible(window.wrapping_add(moved), len - moved) };
@@ -168,18 +215,28 @@ impl Backing for AnonymousArena {
         Err(NotGranted { error, stuck })
     }
 
-    unsafe fn revoke(&self, offset: usize, window: *mut u8, len: usize) -> sys::Result<Revoked> {
-        let home = self.base.at(offset);
+    unsafe fn revoke(
+        &self,
+        offset: usize,
+        window: *mut u8,
+        len: usize,
+        workers: &Workers,
+    ) -> sys::Result<Revoked> {
         // SAFETY: the caller says that the range was granted at `window`, so the arena's own range is empty and ours, and
-        // nobody holds references. After the move a stray access to the window can reach only fresh pages of the window
-        // itself, and the next call throws those away and closes it.
+        // nobody holds references.
         unsafe {
             Self::check_anonymous(window, len)?;
             self.make_uniform(window, len)?;
-            move_pieces(window, home, len).map_err(|(_, error)| error)?;
-            map::make_inaccessible(window, len)?;
+            match &self.isolation {
+                Some(isolation) if isolation.stage(offset, window, len)? => {
+                    // What a stray access reaches now is fresh, and goes with the window.
+                    let closed = map::make_inaccessible(window, len);
+                    let home = isolation.bring_home(offset, len, workers)?;
+                    closed.map(|()| home)
+                }
+                _ => self.take_back(offset, window, len),
+            }
         }
-        Ok(Revoked(()))
     }
 
     fn residency(&self, range: Range<usize>) -> sys::Result<Residency> {
@@ -195,7 +252,8 @@ impl Backing for AnonymousArena {
 
 impl Drop for AnonymousArena {
     fn drop(&mut self) {
-        // Unmaps the arena with its guards. Granted ranges live in other windows and stay what they are.
+        // First the way into the arena, then the arena with its guards, both unmapped. Granted ranges live in other windows and stay what they are.
+        self.isolation = None;
         drop(self.window.take());
     }
 }
@@ -208,7 +266,11 @@ impl Drop for AnonymousArena {
 ///
 /// # Safety
 /// As for [`map::move_pages`]; and what is behind the source must be the caller's too.
-unsafe fn move_pieces(from: *mut u8, to: *mut u8, len: usize) -> Result<(), (usize, sys::Error)> {
+pub(super) unsafe fn move_pieces(
+    from: *mut u8,
+    to: *mut u8,
+    len: usize,
+) -> Result<(), (usize, sys::Error)> {
     let mut moved = 0;
     let mut piece = len;
     while moved < len {
@@ -258,7 +320,9 @@ mod tests {
                 0,
                 "the arena still sees the guest's pages"
             );
-            arena.revoke(BLOCK, start, BLOCK).unwrap();
+            arena
+                .revoke(BLOCK, start, BLOCK, &Workers::caller())
+                .unwrap();
         }
         assert_eq!(read(arena.base.at(BLOCK)), 0xa5);
         assert_eq!(read(arena.base.at(2 * BLOCK - 1)), 0xa5);
@@ -278,7 +342,9 @@ mod tests {
             let page = start.wrapping_add(BLOCK + 3 * 4096);
             assert_eq!(libc::mprotect(page.cast(), 4096, libc::PROT_READ), 0);
             map::advise(start, 8192, Advice::NoHugePage).unwrap();
-            arena.revoke(0, start, 2 * BLOCK).unwrap();
+            arena
+                .revoke(0, start, 2 * BLOCK, &Workers::caller())
+                .unwrap();
             assert_eq!(read(arena.base.at(BLOCK + 3 * 4096)), 0x5a);
             // Writable everywhere again, or the scrubber would fault.
             fill(arena.base.0, 2 * BLOCK, 0);
@@ -299,7 +365,9 @@ mod tests {
             let error = unsafe {
                 arena.grant(0, window.start().0, BLOCK).unwrap();
                 let _fault = fault::inject(call, skip, 1, errno);
-                arena.revoke(0, window.start().0, BLOCK).unwrap_err()
+                arena
+                    .revoke(0, window.start().0, BLOCK, &Workers::caller())
+                    .unwrap_err()
             };
             assert_eq!((error.call, error.errno()), (call, Some(errno)));
         }

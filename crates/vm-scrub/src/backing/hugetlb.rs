@@ -7,12 +7,16 @@
 //! for a file without asking on which node they are. So where a node is asked for, the arena is bound to it and whoever made
 //! it populates it: then every page there will be is on that node, or it is known at once that there are too few.
 
-use super::{Backing, NotGranted, Revocation, Revoked, Window, WindowSpace, keep_private};
-use crate::scrub::{HostPtr, Residency};
+use super::{
+    Backing, NotGranted, NotPrepared, Revocation, RevokeBy, Revoked, Window, WindowSpace,
+    keep_private,
+};
+use crate::scrub::{HostPtr, Residency, Workers};
 use crate::sys::{self, hugetlb, map, numa};
 use std::fs::File;
 use std::ops::Range;
 use std::os::fd::AsFd;
+use std::time::Duration;
 
 /// Why a hugetlb arena could not be made.
 #[derive(Debug)]
@@ -80,6 +84,13 @@ impl Backing for HugetlbArena {
         Revocation::ViewReplaced
     }
 
+    fn prepare(&mut self, by: RevokeBy, _patience: Duration) -> Result<(), NotPrepared> {
+        match by {
+            RevokeBy::Automatic => Ok(()),
+            RevokeBy::Move | RevokeBy::Mremap => Err(NotPrepared::OtherKind),
+        }
+    }
+
     unsafe fn grant(&self, offset: usize, window: *mut u8, len: usize) -> Result<(), NotGranted> {
         // SAFETY: the caller says that the range is free and that the window is closed and of this length.
         let granted = unsafe {
@@ -99,10 +110,16 @@ impl Backing for HugetlbArena {
         })
     }
 
-    unsafe fn revoke(&self, _offset: usize, window: *mut u8, len: usize) -> sys::Result<Revoked> {
+    unsafe fn revoke(
+        &self,
+        _offset: usize,
+        window: *mut u8,
+        len: usize,
+        _workers: &Workers,
+    ) -> sys::Result<Revoked> {
         // SAFETY: the caller says that the window is this range's and that nobody holds references into it.
         unsafe { map::make_inaccessible(window, len) }?;
-        Ok(Revoked(()))
+        Ok(Revoked::whole(Revocation::ViewReplaced))
     }
 
     /// Nothing is given back: a page that leaves the file leaves the reservation too, and the next guest could find none.

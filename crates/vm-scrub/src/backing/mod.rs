@@ -6,17 +6,21 @@
 
 mod anonymous;
 mod hugetlb;
+mod isolation;
+mod moving;
 mod window;
 
 pub(crate) use anonymous::AnonymousArena;
+use anonymous::move_pieces;
 pub(crate) use hugetlb::{HugetlbArena, HugetlbError};
 pub(crate) use window::{Window, WindowSpace};
 
 use crate::BLOCK_SIZE;
-use crate::scrub::{HostPtr, Residency};
+use crate::scrub::{HostPtr, Residency, Workers};
 use crate::sys::{self, map};
 use std::fmt::Debug;
 use std::ops::Range;
+use std::time::Duration;
 
 /// [`BLOCK_SIZE`] as a length in this address space.
 pub(crate) const BLOCK: usize = BLOCK_SIZE as usize;
@@ -27,6 +31,14 @@ pub(crate) const BLOCK: usize = BLOCK_SIZE as usize;
 #[cfg_attr(feature = "serde", serde(rename_all = "kebab-case"))]
 #[non_exhaustive]
 pub enum Revocation {
+    /// `UFFDIO_MOVE` moved the pages into the pool, after they had left the guest's window in one step. It proves what
+    /// [`Revocation::Mremap`] proves, and that at that moment none of the pages was pinned for DMA (`FOLL_PIN`: VFIO, buffers
+    /// registered with io_uring, direct I/O and RDMA under way) or shared with another process. Pages that were are quarantined,
+    /// and named in the receipt.
+    ///
+    /// References that the kernel takes for a moment, or for reading, are not pins: pages given to a pipe by `vmsplice(2)`
+    /// are not found.
+    Move,
     /// `mremap(2)` moved the pages out of the guest's window in one step. No address in the process that belonged to the
     /// guest reaches them any more. Pages pinned for DMA stay pinned: that no device still writes is the VMM's word.
     Mremap,
@@ -35,9 +47,57 @@ pub enum Revocation {
     ViewReplaced,
 }
 
+/// How a pool of anonymous memory is to take it away from guests; see [`Revocation`] for what each way proves.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
+#[non_exhaustive]
+pub enum RevokeBy {
+    /// With [`Revocation::Move`] where the kernel has it, else in the one way that there is.
+    #[default]
+    Automatic,
+    /// With [`Revocation::Move`], or there is no pool.
+    ///
+    /// What single receipts say still counts: a page that can be moved in the other way only (see [`Revocation::Mremap`]) is.
+    Move,
+    /// With [`Revocation::Mremap`]: faster for 4 KiB pages, and for VMMs that know of no DMA.
+    Mremap,
+}
+
+/// Why a pool cannot revoke as it was asked to.
+#[derive(Debug)]
+pub(crate) enum NotPrepared {
+    /// Memory of this kind is revoked in one way only.
+    OtherKind,
+    /// The host does not do it.
+    Sys(sys::Error),
+}
+
 /// Proof that a range has left its guest's window. Made by [`Backing::revoke`] only.
 #[derive(Debug)]
-pub(crate) struct Revoked(());
+pub(crate) struct Revoked {
+    /// What that proves.
+    pub(crate) by: Revocation,
+    /// What somebody else may still write to, as arena offsets, ascending. It is not in the arena.
+    pub(crate) pinned: Vec<Range<usize>>,
+    /// What the kernel answered about that.
+    pub(crate) refusal: String,
+    _proof: (),
+}
+
+impl Revoked {
+    fn new(by: Revocation, pinned: Vec<Range<usize>>, refusal: String) -> Self {
+        Self {
+            by,
+            pinned,
+            refusal,
+            _proof: (),
+        }
+    }
+
+    /// All of the range is in the arena.
+    fn whole(by: Revocation) -> Self {
+        Self::new(by, Vec::new(), String::new())
+    }
+}
 
 /// A range that could not be granted.
 #[derive(Debug)]
@@ -53,8 +113,12 @@ pub(crate) trait Backing: Debug + Send + Sync {
     /// Where the arena begins. Aligned to [`BLOCK`].
     fn arena(&self) -> HostPtr;
 
-    /// How this backing takes memory away from a guest.
+    /// How this backing takes memory away from a guest, if all goes well.
     fn revocation(&self) -> Revocation;
+
+    /// Called once, before the first grant and after the arena has been populated: makes ready to revoke in this way, and to
+    /// try for so long what somebody else holds.
+    fn prepare(&mut self, by: RevokeBy, patience: Duration) -> Result<(), NotPrepared>;
 
     /// Shows `[offset, offset + len)` of the arena at `window`.
     ///
@@ -64,13 +128,20 @@ pub(crate) trait Backing: Debug + Send + Sync {
     /// The range must be free, and `window` must be a closed part of a [`Window`] of the same length.
     unsafe fn grant(&self, offset: usize, window: *mut u8, len: usize) -> Result<(), NotGranted>;
 
-    /// Takes `[offset, offset + len)` back from `window`, which is inaccessible afterwards.
+    /// Takes `[offset, offset + len)` back from `window`, which is inaccessible afterwards. What others can still write to
+    /// is not taken back, and is named in the proof.
     ///
     /// On failure it is unknown who can reach the range.
     ///
     /// # Safety
     /// The range must have been granted at `window`, and nobody may hold a Rust reference into it.
-    unsafe fn revoke(&self, offset: usize, window: *mut u8, len: usize) -> sys::Result<Revoked>;
+    unsafe fn revoke(
+        &self,
+        offset: usize,
+        window: *mut u8,
+        len: usize,
+        workers: &Workers,
+    ) -> sys::Result<Revoked>;
 
     /// Which pages of `range` can hold data. Everything that is not known to be empty counts.
     fn residency(&self, range: Range<usize>) -> sys::Result<Residency>;

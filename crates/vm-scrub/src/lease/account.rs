@@ -77,27 +77,46 @@ pub(super) fn parts(segments: &[Segment]) -> impl Iterator<Item = (&Segment, Ran
     })
 }
 
-/// The lost blocks as guest ranges; neighbours with the same reason are one.
-pub(super) fn quarantined_ranges(segments: &[Segment], lost: &Lost) -> Vec<QuarantinedRange> {
+/// The lost blocks as guest ranges; neighbours with the same reason are one. Of a block that was lost for what is pinned in it,
+/// the `pinned` ranges (arena offsets, ascending) are told from the rest.
+pub(super) fn quarantined_ranges(
+    segments: &[Segment],
+    lost: &Lost,
+    pinned: &[Range<usize>],
+) -> Vec<QuarantinedRange> {
     let mut ranges: Vec<QuarantinedRange> = Vec::new();
+    let mut add = |guest_address, bytes, reason, detail: &str| match ranges.last_mut() {
+        Some(last) if last.reason == reason && last.guest_address + last.bytes == guest_address => {
+            last.bytes += bytes;
+        }
+        _ => ranges.push(QuarantinedRange {
+            guest_address,
+            bytes,
+            reason,
+            detail: detail.to_owned(),
+        }),
+    };
     for (segment, part) in parts(segments) {
         let Some((reason, detail)) = lost.get(&(part.start as u64 / BLOCK_SIZE)) else {
             continue;
         };
-        let guest_address = segment.guest_address + (part.start - segment.offset) as u64;
-        match ranges.last_mut() {
-            Some(last)
-                if last.reason == *reason && last.guest_address + last.bytes == guest_address =>
-            {
-                last.bytes += part.len() as u64;
+        let mut add = |range: Range<usize>, reason| {
+            if !range.is_empty() {
+                let guest_address = segment.guest_address + (range.start - segment.offset) as u64;
+                add(guest_address, range.len() as u64, reason, detail);
             }
-            _ => ranges.push(QuarantinedRange {
-                guest_address,
-                bytes: part.len() as u64,
-                reason: *reason,
-                detail: detail.clone(),
-            }),
+        };
+        if *reason != QuarantineReason::PinnedOrShared {
+            add(part, *reason);
+            continue;
         }
+        let mut at = part.start;
+        for held in intersections(&part, pinned) {
+            add(at..held.start, QuarantineReason::BesidePinned);
+            at = held.end;
+            add(held, *reason);
+        }
+        add(at..part.end, QuarantineReason::BesidePinned);
     }
     ranges
 }
@@ -157,7 +176,7 @@ mod tests {
                 }
             }
             prop_assert_eq!(totals(&segments, &populated, &lost), expected);
-            let in_ranges: u64 = quarantined_ranges(&segments, &lost).iter().map(|range| range.bytes).sum();
+            let in_ranges: u64 = quarantined_ranges(&segments, &lost, &[]).iter().map(|range| range.bytes).sum();
             prop_assert_eq!(in_ranges, totals(&segments, &populated, &lost).quarantined);
         }
     }
@@ -176,7 +195,7 @@ mod tests {
             (1, why(QuarantineReason::NotZero)),
         ]
         .into();
-        let ranges = quarantined_ranges(&segments, &lost);
+        let ranges = quarantined_ranges(&segments, &lost, &[]);
         let seen: Vec<(u64, u64, QuarantineReason)> = ranges
             .iter()
             .map(|range| (range.guest_address, range.bytes, range.reason))
@@ -195,6 +214,40 @@ mod tests {
                     (1 << 30) + 4 * block,
                     PAGE as u64,
                     QuarantineReason::NotZero
+                ),
+            ]
+        );
+    }
+
+    #[test]
+    fn what_is_pinned_is_told_from_the_rest_of_its_block() {
+        let base = 1 << 30;
+        let segments = [segment(base, 2, 3 * BLOCK)];
+        let lost: Lost = (2..4)
+            .map(|block| (block, (QuarantineReason::PinnedOrShared, "busy".to_owned())))
+            .collect();
+        // The last page of one block and the first of the next, and another one.
+        let pinned = [
+            3 * BLOCK - PAGE..3 * BLOCK + PAGE,
+            3 * BLOCK + 8 * PAGE..3 * BLOCK + 9 * PAGE,
+        ];
+        let ranges = quarantined_ranges(&segments, &lost, &pinned);
+        let seen: Vec<(u64, u64, QuarantineReason)> = ranges
+            .iter()
+            .map(|range| (range.guest_address - base, range.bytes, range.reason))
+            .collect();
+        let (block, page) = (BLOCK_SIZE, PAGE as u64);
+        assert_eq!(
+            seen,
+            vec![
+                (0, block - page, QuarantineReason::BesidePinned),
+                (block - page, 2 * page, QuarantineReason::PinnedOrShared),
+                (block + page, 7 * page, QuarantineReason::BesidePinned),
+                (block + 8 * page, page, QuarantineReason::PinnedOrShared),
+                (
+                    block + 9 * page,
+                    block - 9 * page,
+                    QuarantineReason::BesidePinned
                 ),
             ]
         );

@@ -287,16 +287,26 @@ fn close_unseen(shared: &Shared, leased: LeasedRegion, stuck: Range<u64>) -> Vec
     for segment in &leased.segments {
         // SAFETY: granted to this window, whose address has not left this module.
         let revoked = unsafe {
-            shared
-                .backing
-                .revoke(segment.offset, segment.window.0, segment.len)
+            shared.backing.revoke(
+                segment.offset,
+                segment.window.0,
+                segment.len,
+                shared.engine.workers(),
+            )
         };
-        if let Err(error) = revoked {
-            log::error!(
-                "{} bytes quarantined, not to be had back from a lease that failed: {error}",
-                segment.len
-            );
-            lost.extend(segment.blocks());
+        match revoked {
+            // What nobody has seen nobody can have pinned; if so, it is lost with its block.
+            Ok(revoked) => {
+                let pinned = revoked.pinned.iter();
+                lost.extend(pinned.flat_map(|range| blocks_of(range.start, range.end)));
+            }
+            Err(error) => {
+                log::error!(
+                    "{} bytes quarantined, not to be had back from a lease that failed: {error}",
+                    segment.len
+                );
+                lost.extend(segment.blocks());
+            }
         }
     }
     if lost.is_empty() {
@@ -310,9 +320,13 @@ fn close_unseen(shared: &Shared, leased: LeasedRegion, stuck: Range<u64>) -> Vec
 impl Segment {
     /// The numbers of the blocks that this segment lies in.
     pub(crate) fn blocks(&self) -> Range<u64> {
-        let end = (self.offset + self.len) as u64;
-        self.offset as u64 / BLOCK_SIZE..end.div_ceil(BLOCK_SIZE)
+        blocks_of(self.offset, self.offset + self.len)
     }
+}
+
+/// The numbers of the blocks in which `[start, end)` of the arena lies.
+pub(crate) fn blocks_of(start: usize, end: usize) -> Range<u64> {
+    start as u64 / BLOCK_SIZE..(end as u64).div_ceil(BLOCK_SIZE)
 }
 
 impl Lease {

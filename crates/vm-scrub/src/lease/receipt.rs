@@ -28,13 +28,19 @@ pub enum Outcome {
 pub enum QuarantineReason {
     /// It could not be taken away from the guest's address window.
     NotRevoked,
+    /// A page of it is pinned for DMA or shared with another process, for longer than the pool's
+    /// [patience](crate::PoolBuilder::pin_patience): somebody may still write to it. It stays where nobody else finds it.
+    PinnedOrShared,
+    /// It is in one block of the pool with something that is pinned or shared. Nothing is wrong with it.
+    BesidePinned,
     /// The kernel did not say which of its pages are populated.
     ResidencyUnknown,
     /// Something else than zero was read back, twice.
     NotZero,
 }
 
-/// Memory that went into quarantine, in whole blocks as far as the guest had them.
+/// Memory that went into quarantine: in whole blocks as far as the guest had them. What was pinned or shared is named to the
+/// page (or its huge page), and the rest of its block beside it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 #[non_exhaustive]
@@ -85,7 +91,7 @@ pub struct ScrubReceipt {
     pub blocks: Vec<Extent>,
     /// The pages the memory consists of.
     pub page_size: PageSize,
-    /// How the memory was taken away from the guest, and so what that proves.
+    /// How the memory was taken away from the guest, and so what that proves: the weakest way that was taken for any of it.
     pub revocation: Revocation,
     /// How much was to be read back.
     pub verify: Verify,

@@ -2,9 +2,9 @@
 
 use super::account::{Lost, asked_about, outside, parts, quarantined_ranges, totals};
 use super::receipt::{Outcome, QuarantineReason, ScrubReceipt, StepTimes};
-use super::{Lease, Quiesced, Refused, Segment, TeardownError};
+use super::{Lease, Quiesced, Refused, Segment, TeardownError, blocks_of};
 use crate::BLOCK_SIZE;
-use crate::backing::{BLOCK, Revoked};
+use crate::backing::{BLOCK, Revocation, Revoked};
 use crate::pool::blocks::{Blocks, Dirty, Scrubbed, State, Verified};
 use crate::pool::{LeaseId, Shared};
 use crate::scrub::{
@@ -31,6 +31,8 @@ pub(super) struct Steps<S: State> {
     /// Bytes about which the kernel has said whether they are populated.
     answered: u64,
     lost: Lost,
+    /// What others could still write to when it was revoked, as arena offsets, ascending. In blocks that are lost.
+    pinned: Vec<Range<usize>>,
     /// Decides which lines a sample consists of.
     seed: u64,
     /// Bytes in pieces that were read back and stayed wrong.
@@ -74,6 +76,8 @@ pub(super) fn take_away_unasked(
     let receipt = open_receipt(lease, &pool);
     let mut segments = Vec::new();
     let mut lost = Lost::new();
+    let mut pinned: Vec<Range<usize>> = Vec::new();
+    let mut by = pool.backing.revocation();
     let mut proofs: Vec<Revoked> = Vec::new();
     for region in std::mem::take(&mut lease.regions) {
         let mut closed = true;
@@ -81,10 +85,31 @@ pub(super) fn take_away_unasked(
             // SAFETY: the segment was granted at this address when the lease was made. No handle is left and the guest
             // is quiesced, so nobody holds a reference; a stray pointer is what revocation is for.
             match unsafe {
-                pool.backing
-                    .revoke(segment.offset, segment.window.0, segment.len)
+                pool.backing.revoke(
+                    segment.offset,
+                    segment.window.0,
+                    segment.len,
+                    pool.engine.workers(),
+                )
             } {
-                Ok(proof) => proofs.push(proof),
+                Ok(revoked) => {
+                    if revoked.by == Revocation::Mremap {
+                        by = Revocation::Mremap;
+                    }
+                    for range in &revoked.pinned {
+                        log::error!(
+                            "{}: {} bytes pinned or shared, quarantined: {}",
+                            lease.id,
+                            range.len(),
+                            revoked.refusal
+                        );
+                        let why = (QuarantineReason::PinnedOrShared, revoked.refusal.clone());
+                        let blocks = blocks_of(range.start, range.end);
+                        lost.extend(blocks.map(|block| (block, why.clone())));
+                    }
+                    pinned.extend(revoked.pinned.iter().cloned());
+                    proofs.push(revoked);
+                }
                 Err(error) => {
                     closed = false;
                     log::error!(
@@ -105,6 +130,7 @@ pub(super) fn take_away_unasked(
         }
     }
     blocks.quarantine_blocks(lost.keys().copied());
+    pinned.sort_by_key(|range| range.start);
     let mut steps = Steps {
         blocks: blocks.revoked(proofs),
         pool,
@@ -114,10 +140,12 @@ pub(super) fn take_away_unasked(
         populated: Vec::new(),
         answered: 0,
         lost,
+        pinned,
         seed: fresh_seed(),
         failed_bytes: 0,
         receipt,
     };
+    steps.receipt.revocation = by;
     steps.receipt.steps.revoke_ns = nanos(started.elapsed());
     steps
 }
@@ -164,6 +192,7 @@ impl<S: State> Steps<S> {
             populated: self.populated,
             answered: self.answered,
             lost: self.lost,
+            pinned: self.pinned,
             seed: self.seed,
             failed_bytes: self.failed_bytes,
             receipt: self.receipt,
@@ -384,7 +413,7 @@ impl Steps<Verified> {
         receipt.bytes_scrubbed = totals.scrubbed;
         receipt.bytes_never_populated = totals.never_populated;
         receipt.bytes_quarantined = totals.quarantined;
-        receipt.quarantined = quarantined_ranges(&self.segments, &self.lost);
+        receipt.quarantined = quarantined_ranges(&self.segments, &self.lost, &self.pinned);
         receipt.outcome = match (totals.quarantined, receipt.verify) {
             (1.., _) => Outcome::Quarantined,
             (0, Verify::None) => Outcome::Unverified,

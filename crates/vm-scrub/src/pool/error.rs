@@ -3,6 +3,7 @@
 use super::builder::MAX_THREADS;
 use crate::BLOCK_SIZE;
 use crate::arch::UnknownLoop;
+use crate::backing::RevokeBy;
 use crate::scrub::StartError;
 use crate::sys::{self, hugetlb};
 
@@ -113,6 +114,20 @@ pub enum PoolError {
         capacity: u64,
         /// The call that failed.
         r#source: sys::Error,
+    },
+    /// Memory cannot be taken away from guests in the way that was asked for.
+    #[error(
+        "memory cannot be revoked by {by:?} here{}: use `RevokeBy::Automatic`, and look at what receipts say",
+        match .source {
+            Some(source) => format!(" ({source}); Move needs Linux 6.8 and userfaultfd(2)"),
+            None => " (hugetlb memory is revoked in one way only)".to_owned(),
+        }
+    )]
+    Revocation {
+        /// What was asked for.
+        by: RevokeBy,
+        /// The call that failed, if one did.
+        r#source: Option<sys::Error>,
     },
     /// The environment variable `VM_SCRUB_LOOP` names no zeroing loop that runs here.
     #[error("VM_SCRUB_LOOP: {0}")]

@@ -37,7 +37,7 @@ pub use page_size::{PageSize, UnknownPageSize};
 pub use progress::{LeaseId, Progress};
 pub use throttle::{Clock, ScrubRate};
 
-use crate::backing::{Backing, WindowSpace};
+use crate::backing::{Backing, Revocation, WindowSpace};
 use crate::scrub::{Engine, Verify, Watch};
 use std::fmt;
 use std::sync::Arc;
@@ -119,6 +119,11 @@ impl Pool {
     /// The NUMA node to which the pool is bound; see [`PoolBuilder::numa_node`].
     pub fn numa_node(&self) -> Option<u32> {
         self.shared.numa_node
+    }
+
+    /// How memory is taken away from guests, if all goes well; receipts say how it was.
+    pub fn revocation(&self) -> Revocation {
+        self.shared.backing.revocation()
     }
 
     /// How many threads scrub at the same time.

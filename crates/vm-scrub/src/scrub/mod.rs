@@ -24,6 +24,6 @@ pub use pass::Sabotage;
 pub(crate) use pass::{HostPtr, Work};
 pub(crate) use plan::{beyond, intersections, pieces, push_joined};
 pub use policy::{Policy, Verify};
-pub(crate) use residency::{Residency, get_ready};
+pub(crate) use residency::{Residency, get_ready, pagemap};
 pub(crate) use sample::fresh_seed;
 pub(crate) use workers::{StartError, Workers};

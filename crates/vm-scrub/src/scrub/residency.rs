@@ -49,7 +49,8 @@ fn of_this_process<T>(
     }
 }
 
-fn pagemap() -> sys::Result<Arc<Pagemap>> {
+/// This process's pagemap.
+pub(crate) fn pagemap() -> sys::Result<Arc<Pagemap>> {
     of_this_process(&PAGEMAP, Call::PagemapOpen, Pagemap::open)
 }
 

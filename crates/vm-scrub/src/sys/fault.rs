@@ -40,6 +40,18 @@ pub enum Call {
     MapsQuery,
     /// `read(2)` of `/proc/self/maps`.
     MapsRead,
+    /// `munlock(2)`.
+    Munlock,
+    /// `userfaultfd(2)`.
+    UffdOpen,
+    /// `open(2)` of `/dev/userfaultfd`, and the `ioctl(2)` that makes a descriptor of it.
+    UffdDevice,
+    /// `ioctl(2)` `UFFDIO_API`.
+    UffdApi,
+    /// `ioctl(2)` `UFFDIO_REGISTER`.
+    UffdRegister,
+    /// `ioctl(2)` `UFFDIO_MOVE`.
+    UffdMove,
     /// `setpriority(2)` of the background thread.
     SetPriority,
     /// `read(2)` of a list in `/sys/devices/system/node`.
@@ -74,6 +86,12 @@ impl Call {
         Call::MapsOpen,
         Call::MapsQuery,
         Call::MapsRead,
+        Call::Munlock,
+        Call::UffdOpen,
+        Call::UffdDevice,
+        Call::UffdApi,
+        Call::UffdRegister,
+        Call::UffdMove,
         Call::SetPriority,
         Call::NodeRead,
         Call::StatusRead,
@@ -101,6 +119,12 @@ impl Call {
             Call::MapsOpen => "open(/proc/self/maps)",
             Call::MapsQuery => "ioctl(PROCMAP_QUERY)",
             Call::MapsRead => "read(/proc/self/maps)",
+            Call::Munlock => "munlock",
+            Call::UffdOpen => "userfaultfd",
+            Call::UffdDevice => "open(/dev/userfaultfd)",
+            Call::UffdApi => "ioctl(UFFDIO_API)",
+            Call::UffdRegister => "ioctl(UFFDIO_REGISTER)",
+            Call::UffdMove => "ioctl(UFFDIO_MOVE)",
             Call::SetPriority => "setpriority",
             Call::NodeRead => "read(/sys/devices/system/node)",
             Call::StatusRead => "read(/proc/thread-self/status)",
@@ -125,6 +149,11 @@ mod plan {
     pub(crate) fn is_planned(_call: Call) -> bool {
         false
     }
+
+    #[inline(always)]
+    pub(crate) fn shortened(_call: Call, len: usize) -> usize {
+        len
+    }
 }
 
 #[cfg(any(test, feature = "test-support"))]
@@ -140,8 +169,16 @@ mod plan {
         call: Call,
         skip: u32,
         times: u32,
-        errno: i32,
+        kind: Kind,
         hits: u32,
+    }
+
+    #[derive(Debug, Clone, Copy)]
+    enum Kind {
+        /// The call fails with this error.
+        Errno(i32),
+        /// The call does this many bytes of what it is asked for, and says so.
+        Short(usize),
     }
 
     thread_local! {
@@ -171,12 +208,22 @@ mod plan {
 
     /// Makes `call` fail with `errno` on this thread: after `skip` successful calls, `times` times.
     pub fn inject(call: Call, skip: u32, times: u32, errno: i32) -> FaultGuard {
+        plan(call, skip, times, Kind::Errno(errno))
+    }
+
+    /// Makes `call` succeed in part on this thread: after `skip` calls, `times` times, it does at most the first `bytes` bytes
+    /// (a multiple of the page size). Calls that are done as a whole or not at all are not changed.
+    pub fn inject_short(call: Call, skip: u32, times: u32, bytes: usize) -> FaultGuard {
+        plan(call, skip, times, Kind::Short(bytes))
+    }
+
+    fn plan(call: Call, skip: u32, times: u32, kind: Kind) -> FaultGuard {
         PLAN.with_borrow_mut(|plan| {
             plan.push(Fault {
                 call,
                 skip,
                 times,
-                errno,
+                kind,
                 hits: 0,
             });
         });
@@ -194,24 +241,47 @@ mod plan {
     }
 
     pub(crate) fn check(call: Call) -> Result<()> {
+        let errno = next(call, |kind| match kind {
+            Kind::Errno(errno) => Some(errno),
+            Kind::Short(_) => None,
+        });
+        errno.map_or(Ok(()), |errno| {
+            Err(Error {
+                call,
+                source: io::Error::from_raw_os_error(errno),
+            })
+        })
+    }
+
+    /// How much of `len` bytes the call is to be asked for.
+    pub(crate) fn shortened(call: Call, len: usize) -> usize {
+        let bytes = next(call, |kind| match kind {
+            Kind::Short(bytes) if bytes < len => Some(bytes),
+            _ => None,
+        });
+        bytes.unwrap_or(len)
+    }
+
+    /// The fault that this call meets, of those of which `of` makes something.
+    fn next<T>(call: Call, of: impl Fn(Kind) -> Option<T>) -> Option<T> {
         PLAN.with_borrow_mut(|plan| {
             for fault in plan.iter_mut().filter(|fault| fault.call == call) {
+                let Some(found) = of(fault.kind) else {
+                    continue;
+                };
                 if fault.skip > 0 {
                     fault.skip -= 1;
                 } else if fault.times > 0 {
                     fault.times -= 1;
                     fault.hits += 1;
-                    return Err(Error {
-                        call,
-                        source: io::Error::from_raw_os_error(fault.errno),
-                    });
+                    return Some(found);
                 }
             }
-            Ok(())
+            None
         })
     }
 }
 
 #[cfg(any(test, feature = "test-support"))]
-pub use plan::{FaultGuard, inject};
-pub(crate) use plan::{check, is_planned};
+pub use plan::{FaultGuard, inject, inject_short};
+pub(crate) use plan::{check, is_planned, shortened};

@@ -219,6 +219,28 @@ pub(crate) unsafe fn make_writable(address: *mut u8, len: usize) -> Result<()> {
     })
 }
 
+/// Takes all access to `[address, address + len)` away; what it contains stays.
+///
+/// # Safety
+/// The range must belong to the caller, and nobody may hold a Rust reference into it.
+pub(crate) unsafe fn forbid_access(address: *mut u8, len: usize) -> Result<()> {
+    fault::check(Call::Mprotect)?;
+    // SAFETY: the caller owns the range.
+    done(Call::Mprotect, unsafe {
+        libc::mprotect(address.cast(), len, libc::PROT_NONE)
+    })
+}
+
+/// Lets `[address, address + len)` be swapped out again, if it was locked.
+///
+/// # Safety
+/// The range must belong to the caller.
+pub(crate) unsafe fn unlock(address: *mut u8, len: usize) -> Result<()> {
+    fault::check(Call::Munlock)?;
+    // SAFETY: the caller owns the range; unlocking does not change what the memory contains.
+    done(Call::Munlock, unsafe { libc::munlock(address.cast(), len) })
+}
+
 /// Tells the kernel how `[address, address + len)` is to be treated.
 ///
 /// # Safety

@@ -13,6 +13,7 @@ pub(crate) mod pagemap;
 pub(crate) mod procmap;
 pub(crate) mod thread;
 pub(crate) mod touch;
+pub(crate) mod userfaultfd;
 
 use std::fmt;
 use std::io;

@@ -41,10 +41,12 @@ struct ScanArg {
 const PAGE_IS_PRESENT: u64 = 1 << 3;
 const PAGE_IS_SWAPPED: u64 = 1 << 4;
 const PAGE_IS_PFNZERO: u64 = 1 << 5;
+const PAGE_IS_HUGE: u64 = 1 << 6;
 
 // Documentation/admin-guide/mm/pagemap.rst: bits of a pagemap entry.
 const ENTRY_PRESENT: u64 = 1 << 63;
 const ENTRY_SWAPPED: u64 = 1 << 62;
+const ENTRY_EXCLUSIVE: u64 = 1 << 56;
 
 /// `_IOWR('f', 16, struct pm_scan_arg)`.
 const PAGEMAP_SCAN: u64 =
@@ -81,6 +83,45 @@ impl Pagemap {
         range: Range<usize>,
         mut found: impl FnMut(Range<usize>),
     ) -> Result<()> {
+        // No category, so that neighbours of different kinds come back as one range.
+        self.walk(range, 0, |region| {
+            found(region.start as usize..region.end as usize);
+        })
+    }
+
+    /// The same as [`Pagemap::scan`], with `true` for runs of huge pages that are mapped as such. A huge page that is mapped in
+    /// parts looks like small ones.
+    pub(crate) fn scan_sizes(
+        &self,
+        range: Range<usize>,
+        mut found: impl FnMut(Range<usize>, bool),
+    ) -> Result<()> {
+        self.walk(range, PAGE_IS_HUGE, |region| {
+            let huge = region.categories & PAGE_IS_HUGE != 0;
+            found(region.start as usize..region.end as usize, huge);
+        })
+    }
+
+    /// Whether the page at `address` is mapped here and nowhere else. `page` is the host's page size in bytes.
+    pub(crate) fn is_exclusive(&self, address: usize, page: usize) -> Result<bool> {
+        fault::check(Call::PagemapRead)?;
+        let mut entry = [0_u8; size_of::<u64>()];
+        self.file
+            .read_exact_at(&mut entry, (address / page * size_of::<u64>()) as u64)
+            .map_err(|source| Error {
+                call: Call::PagemapRead,
+                source,
+            })?;
+        Ok(u64::from_ne_bytes(entry) & ENTRY_EXCLUSIVE != 0)
+    }
+
+    /// Calls `found` with each maximal run of populated pages that are alike in the categories of `return_mask`.
+    fn walk(
+        &self,
+        range: Range<usize>,
+        return_mask: u64,
+        mut found: impl FnMut(&PageRegion),
+    ) -> Result<()> {
         let mut regions = vec![PageRegion::default(); REGIONS_PER_CALL];
         let mut start = range.start as u64;
         while start < range.end as u64 {
@@ -95,8 +136,7 @@ impl Pagemap {
                 category_inverted: PAGE_IS_PFNZERO,
                 category_mask: PAGE_IS_PFNZERO,
                 category_anyof_mask: PAGE_IS_PRESENT | PAGE_IS_SWAPPED,
-                // One category for all, so that neighbours come back as one range.
-                return_mask: 0,
+                return_mask,
                 ..ScanArg::default()
             };
             // SAFETY: `arg` and the vector it points to are live and writable for the call, and `vec_len` is the vector's
@@ -114,7 +154,7 @@ impl Pagemap {
             // the range ends. What has been reported has been walked, so it is not asked about again.
             let mut walked = arg.walk_end;
             for region in regions.iter().take(count) {
-                found(region.start as usize..region.end as usize);
+                found(region);
                 walked = walked.max(region.end);
             }
             if walked <= start {

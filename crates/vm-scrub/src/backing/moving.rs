@@ -1,0 +1,259 @@
+//! One attempt to move what is in the lock into the arena, by `UFFDIO_MOVE`.
+//!
+//! What is to be moved, and what could not be, is asked of the kernel before and after ([`Round::look`]) and not concluded
+//! from what the moves have answered.
+//!
+//! A huge page that is mapped in parts (somebody changed or discarded a piece of it, or a region ends within it) is split by
+//! the kernel before it moves. If a page of it is pinned that fails, and up to Linux 6.18 the kernel then tries again for as
+//! long as the pin lasts, whatever is asked of it meanwhile. Such a page looks like small ones. So small pages are moved this
+//! way only where all pages are small, and are *unproven* elsewhere: moved by `mremap(2)`, which does not ask for pins.
+
+use super::BLOCK;
+use super::isolation::Isolation;
+use crate::arch::VerifyLoop;
+use crate::scrub::{HostPtr, Workers, intersections, pagemap, pieces, push_joined};
+use crate::sys::pagemap::Pagemap;
+use crate::sys::{self, map};
+use std::ops::Range;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Mutex, PoisonError};
+
+const PAGE: usize = 4096;
+
+/// The most, in bytes, that is moved by one call. The kernel holds back everybody who would change the arena's mapping, and
+/// behind them all page faults of the process, for as long as the call takes: 0.3 ms for 4 KiB pages.
+const LARGEST_MOVE: usize = 8 << 20;
+
+/// The longest gap, in bytes, that is taken along: to look at 16 pages that are not there costs the kernel less than another
+/// call.
+const BRIDGED: usize = 16 * PAGE;
+
+/// Less than this, in bytes, is not worth waking the other threads for.
+const WORTH_SHARING: usize = 16 << 20;
+
+/// What is in a range of the lock: arena offsets, ascending, disjoint.
+#[derive(Debug, Default)]
+pub(super) struct Round {
+    small: Vec<Range<usize>>,
+    huge: Vec<Range<usize>>,
+    /// What cannot be moved with proof, found while moving.
+    failed: Mutex<Vec<Range<usize>>>,
+    /// The last answer of the kernel about a page that it did not let go.
+    refusal: Mutex<String>,
+    small_pages: bool,
+    range: Range<usize>,
+}
+
+impl Round {
+    /// Asks the kernel what is in `range` of the lock.
+    pub(super) fn look(isolation: &Isolation, range: Range<usize>) -> sys::Result<Self> {
+        let origin = isolation.lock.0.addr();
+        let mut round = Self {
+            range: range.clone(),
+            ..Self::default()
+        };
+        let pagemap = pagemap()?;
+        pagemap.scan_sizes(origin + range.start..origin + range.end, |found, huge| {
+            let found = found.start - origin..found.end - origin;
+            let whole = found.start.is_multiple_of(BLOCK) && found.end.is_multiple_of(BLOCK);
+            let runs = if huge && whole {
+                &mut round.huge
+            } else {
+                &mut round.small
+            };
+            push_joined(runs, found);
+        })?;
+        let mut real = Vec::with_capacity(round.huge.len());
+        for block in pieces(&round.huge, BLOCK) {
+            // SAFETY: the block is populated, and in the lock.
+            if !unsafe { discard_zero_page(&pagemap, isolation.lock.at(block.start)) }? {
+                push_joined(&mut real, block);
+            }
+        }
+        round.huge = real;
+        round.small_pages = isolation.small_pages && round.huge.is_empty();
+        Ok(round)
+    }
+
+    /// Whether there is nothing.
+    pub(super) fn is_empty(&self) -> bool {
+        self.small.is_empty() && self.huge.is_empty()
+    }
+
+    /// Everything that there is, ascending.
+    pub(super) fn ranges(mut self) -> Vec<Range<usize>> {
+        self.small.append(&mut self.huge);
+        self.small.sort_by_key(|range| range.start);
+        let mut joined = Vec::new();
+        for range in self.small {
+            push_joined(&mut joined, range);
+        }
+        joined
+    }
+
+    /// Ranges in which nothing can be moved with proof, and nothing has been: ascending.
+    pub(super) fn unproven(&self) -> Vec<Range<usize>> {
+        let failed = self.failed.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut ranges = failed.clone();
+        drop(failed);
+        if !self.small_pages {
+            ranges.extend(blocks_around(&self.small, &self.range));
+        }
+        ranges.sort_by_key(|range| range.start);
+        ranges
+    }
+
+    /// Forgets what lies in `ranges` (ascending, disjoint), and says in which of them there was something.
+    pub(super) fn forget(&mut self, mut ranges: Vec<Range<usize>>) -> Vec<Range<usize>> {
+        ranges.retain(|range| {
+            let mut found =
+                intersections(range, &self.small).chain(intersections(range, &self.huge));
+            found.next().is_some()
+        });
+        for runs in [&mut self.small, &mut self.huge] {
+            let mut rest = Vec::new();
+            for run in runs.iter() {
+                let mut at = run.start;
+                for gone in intersections(run, &ranges) {
+                    if at < gone.start {
+                        rest.push(at..gone.start);
+                    }
+                    at = gone.end;
+                }
+                if at < run.end {
+                    rest.push(at..run.end);
+                }
+            }
+            *runs = rest;
+        }
+        ranges
+    }
+
+    /// What the kernel answered about a page that it did not let go.
+    pub(super) fn refusal(&self) -> String {
+        self.refusal
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone()
+    }
+
+    /// Moves as much of it as the kernel lets go, with all of `workers`.
+    ///
+    /// # Safety
+    /// What was found must still be in the lock, its places in the arena empty, and nobody may hold a Rust reference into
+    /// either.
+    pub(super) unsafe fn go(&mut self, isolation: &Isolation, workers: &Workers) {
+        let mut work: Vec<(Range<usize>, usize)> = Vec::new();
+        for piece in pieces(&self.huge, LARGEST_MOVE) {
+            work.push((piece, BLOCK));
+        }
+        if self.small_pages {
+            for piece in pieces(&bridged(&self.small), LARGEST_MOVE) {
+                work.push((piece, PAGE));
+            }
+        }
+        let next = AtomicUsize::new(0);
+        let take_pieces = || {
+            while let Some((piece, unit)) = work.get(next.fetch_add(1, Ordering::Relaxed)) {
+                // SAFETY: passed on to the caller; each piece is taken once.
+                unsafe { self.move_piece(isolation, piece.clone(), *unit) };
+            }
+        };
+        let bytes: usize = work.iter().map(|(piece, _)| piece.len()).sum();
+        if bytes < WORTH_SHARING {
+            take_pieces();
+        } else {
+            workers.all(take_pieces);
+        }
+    }
+
+    /// Moves a piece that consists of pages of `unit` bytes.
+    ///
+    /// # Safety
+    /// As for [`Round::go`].
+    unsafe fn move_piece(&self, isolation: &Isolation, piece: Range<usize>, unit: usize) {
+        let mut at = piece.start;
+        let mut step = piece.len();
+        while at < piece.end {
+            let len = step.min(piece.end - at);
+            let (from, to) = (isolation.lock.at(at), isolation.arena.at(at));
+            // SAFETY: passed on to the caller. Whole huge pages are moved as such, and small ones only where there are no
+            // others, so that no huge page is split.
+            let moved = unsafe { isolation.userfaultfd.move_pages(from, to, len) };
+            at += moved.bytes;
+            let Some(error) = moved.stopped else {
+                continue;
+            };
+            if moved.bytes > 0 {
+                // Why it stopped is the answer to the next call.
+                continue;
+            }
+            match error.errno() {
+                // Pinned or shared, or busy for a moment; or it was moved, and the kernel has lost count.
+                Some(libc::EBUSY | libc::EAGAIN | libc::EINTR | libc::EEXIST | libc::ENOENT) => {
+                    *self.refusal.lock().unwrap_or_else(PoisonError::into_inner) =
+                        error.to_string();
+                    at += unit;
+                }
+                // Perhaps a border between two mappings, which a VMM's advice about a part of its memory has left.
+                Some(libc::EINVAL) if len > unit => {
+                    step = (len / 2).next_multiple_of(unit);
+                }
+                _ => {
+                    log::debug!("{} bytes are moved without proof: {error}", piece.end - at);
+                    let mut failed = self.failed.lock().unwrap_or_else(PoisonError::into_inner);
+                    failed.push(at..piece.end);
+                    return;
+                }
+            }
+        }
+    }
+}
+
+/// The blocks in which the ascending `runs` lie, as far as they belong to `range`.
+fn blocks_around(runs: &[Range<usize>], range: &Range<usize>) -> Vec<Range<usize>> {
+    let mut blocks: Vec<Range<usize>> = Vec::new();
+    for run in runs {
+        let start = (run.start / BLOCK * BLOCK).max(range.start);
+        let end = run.end.next_multiple_of(BLOCK).min(range.end);
+        match blocks.last_mut() {
+            Some(last) if start <= last.end => last.end = last.end.max(end),
+            _ => blocks.push(start..end),
+        }
+    }
+    blocks
+}
+
+/// Ranges with the short gaps between them.
+fn bridged(ranges: &[Range<usize>]) -> Vec<Range<usize>> {
+    let mut joined: Vec<Range<usize>> = Vec::new();
+    for range in ranges {
+        match joined.last_mut() {
+            Some(last) if range.start - last.end <= BRIDGED => last.end = range.end,
+            _ => joined.push(range.clone()),
+        }
+    }
+    joined
+}
+
+/// Discards the huge page at `address` if it may be the kernel's huge zero page: mapped elsewhere too, and all zero. Says
+/// whether it did.
+///
+/// Newer kernels do not count it as populated; older ones do, and some of them move it wrongly. If it was some other page full
+/// of zeros, whoever shares it keeps it, and it is the pool's no more.
+///
+/// # Safety
+/// A huge page must be mapped there, readable, and nobody may hold a Rust reference into it.
+unsafe fn discard_zero_page(pagemap: &Pagemap, address: *mut u8) -> sys::Result<bool> {
+    if pagemap.is_exclusive(address.addr(), PAGE)? {
+        return Ok(false);
+    }
+    // SAFETY: passed on to the caller.
+    unsafe {
+        if VerifyLoop::widest().first_nonzero(address, BLOCK).is_some() {
+            return Ok(false);
+        }
+        map::advise(HostPtr(address).0, BLOCK, map::Advice::Discard)?;
+    }
+    Ok(true)
+}

@@ -1,0 +1,231 @@
+//! Moving pages with the kernel's leave: `UFFDIO_MOVE` (Linux 6.8).
+//!
+//! Unlike `mremap(2)` it moves page by page, and refuses a page to which somebody else may still write: one that is pinned
+//! for DMA, or shared with another process. Nothing here waits for page faults. Memory is registered because the kernel moves
+//! pages into registered memory only, and with `UFFD_FEATURE_SIGBUS`, so that an access to a page that is not there ends in a
+//! signal instead of waiting for ever.
+
+use super::{Call, Error, Result, fault, fork};
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+
+// linux/userfaultfd.h.
+const UFFD_API: u64 = 0xaa;
+const UFFD_USER_MODE_ONLY: libc::c_int = 1;
+const UFFD_FEATURE_SIGBUS: u64 = 1 << 7;
+const UFFD_FEATURE_MOVE: u64 = 1 << 16;
+const UFFDIO_REGISTER_MODE_MISSING: u64 = 1;
+/// Nobody waits for these pages.
+const UFFDIO_MOVE_MODE_DONTWAKE: u64 = 1;
+/// Pages that are not there are as good as moved.
+const UFFDIO_MOVE_MODE_ALLOW_SRC_HOLES: u64 = 1 << 1;
+/// The bit of `UFFDIO_MOVE` in what a registration says is possible.
+const CAN_MOVE: u64 = 1 << 5;
+
+/// `struct uffdio_api`.
+#[repr(C)]
+struct Api {
+    api: u64,
+    features: u64,
+    ioctls: u64,
+}
+
+/// `struct uffdio_register`.
+#[repr(C)]
+struct Register {
+    start: u64,
+    len: u64,
+    mode: u64,
+    ioctls: u64,
+}
+
+/// `struct uffdio_move`.
+#[repr(C)]
+struct Move {
+    dst: u64,
+    src: u64,
+    len: u64,
+    mode: u64,
+    moved: i64,
+}
+
+const fn iowr(number: u64, size: usize) -> u64 {
+    (3 << 30) | ((size as u64) << 16) | (UFFD_API << 8) | number
+}
+
+const UFFDIO_API: u64 = iowr(0x3f, size_of::<Api>());
+const UFFDIO_REGISTER: u64 = iowr(0x00, size_of::<Register>());
+const UFFDIO_MOVE: u64 = iowr(0x05, size_of::<Move>());
+/// `_IO(0xAA, 0)`, on the device.
+const USERFAULTFD_IOC_NEW: u64 = UFFD_API << 8;
+
+/// How far a move got.
+#[derive(Debug)]
+pub(crate) struct Moved {
+    /// Bytes from the start that were moved, or that had nothing to be moved.
+    pub(crate) bytes: usize,
+    /// Why it stopped there. `EAGAIN` after the first byte means 'ask again from there'.
+    pub(crate) stopped: Option<Error>,
+}
+
+/// A descriptor through which pages of this process can be moved.
+#[derive(Debug)]
+pub(crate) struct Userfaultfd {
+    fd: OwnedFd,
+    /// The descriptor speaks of the address space that opened it, also in the hands of a forked child.
+    address_space: u64,
+}
+
+impl Userfaultfd {
+    /// Opens a descriptor and agrees with the kernel on what it is for. Needs no privilege.
+    ///
+    /// Fails with `EINVAL` on kernels without `UFFDIO_MOVE`.
+    pub(crate) fn open() -> Result<Self> {
+        let address_space = fork::address_space().ok_or_else(|| Error {
+            call: Call::UffdOpen,
+            source: io::Error::from_raw_os_error(libc::ENOSYS),
+        })?;
+        // A filter may forbid the system call and leave the device, which whoever may open it may use.
+        let fd = by_system_call().or_else(|error| by_device().map_err(|_| error))?;
+
+        fault::check(Call::UffdApi)?;
+        let mut api = Api {
+            api: UFFD_API,
+            features: UFFD_FEATURE_SIGBUS | UFFD_FEATURE_MOVE,
+            ioctls: 0,
+        };
+        // SAFETY: the structure is live and writable for the call.
+        let status = unsafe { libc::ioctl(fd.as_raw_fd(), UFFDIO_API as _, &raw mut api) };
+        if status != 0 {
+            return Err(Error::last(Call::UffdApi));
+        }
+        Ok(Self { fd, address_space })
+    }
+
+    /// Makes `[start, start + len)`, private anonymous memory, a place to which pages can be moved. From now on an access
+    /// to a page of it that is not there raises `SIGBUS`.
+    ///
+    /// # Safety
+    /// The range must belong to the caller, who must not access pages of it that are not populated.
+    pub(crate) unsafe fn register(&self, start: *mut u8, len: usize) -> Result<()> {
+        self.check_owner(Call::UffdRegister)?;
+        fault::check(Call::UffdRegister)?;
+        let mut register = Register {
+            start: start.addr() as u64,
+            len: len as u64,
+            mode: UFFDIO_REGISTER_MODE_MISSING,
+            ioctls: 0,
+        };
+        // SAFETY: the structure is live and writable for the call; the range is the caller's, who knows what follows.
+        let status =
+            unsafe { libc::ioctl(self.fd.as_raw_fd(), UFFDIO_REGISTER as _, &raw mut register) };
+        if status != 0 {
+            return Err(Error::last(Call::UffdRegister));
+        }
+        if register.ioctls & CAN_MOVE == 0 {
+            return Err(Error {
+                call: Call::UffdRegister,
+                source: io::Error::from_raw_os_error(libc::EOPNOTSUPP),
+            });
+        }
+        Ok(())
+    }
+
+    /// Moves the pages of `[from, from + len)` to `[to, to + len)`, which must be registered and empty, up to the first that
+    /// the kernel refuses.
+    ///
+    /// It refuses with `EBUSY` what is pinned or shared. Where it fails for a page after the first, the answer is `EAGAIN`, and
+    /// the reason comes with the next call from there.
+    ///
+    /// # Safety
+    /// Both ranges must belong to the caller, and nobody may hold a Rust reference into either. On kernels up to 6.18 a huge
+    /// page that is mapped in parts, and of which a page is pinned, keeps the calling thread in the kernel until the pin goes:
+    /// there must be none in the source, and none may come about because the range cuts through one.
+    pub(crate) unsafe fn move_pages(&self, from: *mut u8, to: *mut u8, len: usize) -> Moved {
+        let stopped = |bytes, error| Moved {
+            bytes,
+            stopped: Some(error),
+        };
+        if let Err(error) = self
+            .check_owner(Call::UffdMove)
+            .and_then(|()| fault::check(Call::UffdMove))
+        {
+            return stopped(0, error);
+        }
+        let whole = len;
+        let len = fault::shortened(Call::UffdMove, len);
+        let mut order = Move {
+            dst: to.addr() as u64,
+            src: from.addr() as u64,
+            len: len as u64,
+            mode: UFFDIO_MOVE_MODE_DONTWAKE | UFFDIO_MOVE_MODE_ALLOW_SRC_HOLES,
+            moved: 0,
+        };
+        // SAFETY: the structure is live and writable for the call; both ranges are the caller's.
+        let status = unsafe { libc::ioctl(self.fd.as_raw_fd(), UFFDIO_MOVE as _, &raw mut order) };
+        let error = Error::last(Call::UffdMove);
+        // A negative number is the error once more.
+        let bytes = usize::try_from(order.moved).unwrap_or(0).min(len);
+        if status != 0 {
+            return stopped(bytes, error);
+        }
+        if len < whole {
+            let source = io::Error::from_raw_os_error(libc::EAGAIN);
+            return stopped(
+                len,
+                Error {
+                    call: Call::UffdMove,
+                    source,
+                },
+            );
+        }
+        Moved {
+            bytes: len,
+            stopped: None,
+        }
+    }
+
+    /// A forked child must not move its parent's pages.
+    fn check_owner(&self, call: Call) -> Result<()> {
+        if fork::address_space() == Some(self.address_space) {
+            return Ok(());
+        }
+        Err(Error {
+            call,
+            source: io::Error::from_raw_os_error(libc::ESRCH),
+        })
+    }
+}
+
+fn by_system_call() -> Result<OwnedFd> {
+    fault::check(Call::UffdOpen)?;
+    let flags = libc::O_CLOEXEC | libc::O_NONBLOCK | UFFD_USER_MODE_ONLY;
+    // SAFETY: the call takes flags only.
+    let fd = unsafe { libc::syscall(libc::SYS_userfaultfd, flags) };
+    owned(Call::UffdOpen, fd as libc::c_int)
+}
+
+fn by_device() -> Result<OwnedFd> {
+    fault::check(Call::UffdDevice)?;
+    let open: io::Result<File> = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .open("/dev/userfaultfd");
+    let device = open.map_err(|source| Error {
+        call: Call::UffdDevice,
+        source,
+    })?;
+    let flags = libc::O_CLOEXEC | libc::O_NONBLOCK | UFFD_USER_MODE_ONLY;
+    // SAFETY: the call takes flags only.
+    let fd = unsafe { libc::ioctl(device.as_raw_fd(), USERFAULTFD_IOC_NEW as _, flags) };
+    owned(Call::UffdDevice, fd)
+}
+
+fn owned(call: Call, fd: libc::c_int) -> Result<OwnedFd> {
+    if fd < 0 {
+        return Err(Error::last(call));
+    }
+    // SAFETY: the kernel has just given us this descriptor and nobody else knows it.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
