@@ -9,7 +9,7 @@ use vm_scrub::lease::LeaseError;
 use vm_scrub::test_support::{Call, FaultGuard, inject};
 use vm_scrub::{BLOCK_SIZE, Lease, PageSize, Pool, PoolError};
 use vm_scrub_tests::child::{alone, with_huge_pages};
-use vm_scrub_tests::maps::has_pagemap_scan;
+use vm_scrub_tests::maps::{has_pagemap_scan, has_uffdio_move};
 use vm_scrub_tests::numa;
 use vm_scrub_tests::{
     assert_adds_up, assert_all_zero, assert_nothing_dirty_left, first_nonzero, pools, quiesce,
@@ -74,7 +74,12 @@ fn walk(expected: &[Call], mut run: impl FnMut(&dyn Fn() -> FaultGuard, Call, i3
         }
     }
     let expected = expected.iter().copied();
-    let expected = expected.filter(|call| *call != Call::PagemapScan || has_pagemap_scan());
+    let here = |call: &Call| match call {
+        Call::PagemapScan => has_pagemap_scan(),
+        Call::UffdApi | Call::UffdRegister | Call::UffdMove | Call::Munlock => has_uffdio_move(),
+        _ => true,
+    };
+    let expected = expected.filter(here);
     assert_eq!(met, expected.collect());
 }
 
@@ -97,6 +102,15 @@ fn a_pool_is_built(page_size: PageSize) {
         let mut calls = vec![Call::Mmap, Call::Madvise];
         if page_size == PageSize::Huge2M {
             calls.extend([Call::MemfdCreate, Call::Ftruncate]);
+        } else {
+            // What finds pins. Without it there is a pool nevertheless.
+            calls.extend([
+                Call::UffdOpen,
+                Call::UffdApi,
+                Call::UffdRegister,
+                Call::PagemapOpen,
+                Call::PagemapScan,
+            ]);
         }
         if populate {
             calls.push(Call::Populate);
@@ -226,6 +240,8 @@ fn of_teardown(page_size: PageSize) -> &'static [Call] {
             Call::Mprotect,
             Call::Madvise,
             Call::Mremap,
+            Call::Munlock,
+            Call::UffdMove,
             Call::Mmap,
             Call::PagemapOpen,
             Call::PagemapScan,

@@ -118,7 +118,7 @@ impl AnonymousArena {
     }
 
     /// Undoes what the guest's side may have done to its window, where it would outlive the lease or stop the scrubber:
-    /// protection, guard pages, sharing with children, merging, dumping, the kind of pages.
+    /// protection, sharing with children, merging, dumping, the kind of pages.
     ///
     /// # Safety
     /// The window must be the caller's.
@@ -126,11 +126,6 @@ impl AnonymousArena {
         // SAFETY: passed on to the caller.
         unsafe {
             map::make_writable(window, len)?;
-            match map::advise(window, len, Advice::RemoveGuards) {
-                // A kernel without guard pages has none to remove.
-                Err(error) if error.errno() != Some(libc::EINVAL) => return Err(error),
-                _ => {}
-            }
             keep_private(window, len);
             if let Err(error) = map::advise(window, len, self.page_advice()) {
                 log::debug!("a part of the arena may have pages of another kind: {error}");
@@ -139,7 +134,7 @@ impl AnonymousArena {
         Ok(())
     }
 
-    /// Moves a window's pages home by `mremap` and closes the window.
+    /// Moves a window's pages home by `mremap`, without the guard pages, and closes the window.
     ///
     /// # Safety
     /// `[offset, offset + len)` must have been granted at `window`, and nobody may hold a Rust reference into it.
@@ -148,6 +143,7 @@ impl AnonymousArena {
         // SAFETY: the arena's own range is empty and ours, and nobody holds references. After the move a stray access to the
         // window can reach only fresh pages of the window itself, and the next call throws those away and closes it.
         unsafe {
+            remove_guards(window, len)?;
             move_pieces(window, home, len).map_err(|(_, error)| error)?;
             if let Some(isolation) = &self.isolation {
                 isolation.register_again(home, len);
@@ -258,6 +254,19 @@ impl Drop for AnonymousArena {
     }
 }
 
+/// Makes guard pages, which a VMM may have put into its guest's memory, ordinary empty ones.
+///
+/// # Safety
+/// The range must be the caller's.
+pub(super) unsafe fn remove_guards(address: *mut u8, len: usize) -> sys::Result<()> {
+    // SAFETY: passed on to the caller.
+    match unsafe { map::advise(address, len, Advice::RemoveGuards) } {
+        // A kernel without guard pages has none to remove.
+        Err(error) if error.errno() != Some(libc::EINVAL) => Err(error),
+        _ => Ok(()),
+    }
+}
+
 /// Moves `len` bytes of pages, in halves where they are not one mapping. On failure it says how many bytes, from the start,
 /// were moved.
 ///
@@ -279,7 +288,9 @@ pub(super) unsafe fn move_pieces(
         // SAFETY: each piece lies in the caller's ranges.
         unsafe {
             if piece > SMALLEST_MOVE && !map::is_one_mapping(at, piece).map_err(|e| (moved, e))? {
-                piece = (piece / 2).next_multiple_of(SMALLEST_MOVE);
+                // Through a huge page only where there is a border within it: it would be cut.
+                let whole = if piece > BLOCK { BLOCK } else { SMALLEST_MOVE };
+                piece = (piece / 2).next_multiple_of(whole);
                 continue;
             }
             map::move_pages(at, to.wrapping_add(moved), piece).map_err(|error| (moved, error))?;

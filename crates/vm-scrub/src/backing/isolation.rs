@@ -10,7 +10,7 @@
 //! and, by reading, the kernel's huge zero page, which Linux 6.16 and 6.17 move wrongly.
 
 use super::moving::Round;
-use super::{Revocation, Revoked, Window, WindowSpace, move_pieces};
+use super::{Revocation, Revoked, Window, WindowSpace, move_pieces, remove_guards};
 use crate::scrub::{HostPtr, Workers, pagemap};
 use crate::sys::userfaultfd::Userfaultfd;
 use crate::sys::{self, map};
@@ -50,7 +50,7 @@ impl Isolation {
         let userfaultfd = Userfaultfd::open()?;
         // Older than what is asked for here, but a filter may forbid it.
         let start = arena.0.addr();
-        pagemap()?.scan_sizes(start..start + super::BLOCK, |_, _| {})?;
+        pagemap()?.scan_kinds(start..start + super::BLOCK, |_, _| {})?;
         let lock = WindowSpace::new(0).open(len)?;
         // SAFETY: the caller owns the arena, and says that it does not access what is not populated.
         unsafe { userfaultfd.register(arena.0, len) }?;
@@ -119,11 +119,12 @@ impl Isolation {
     unsafe fn bring(&self, range: Range<usize>, workers: &Workers) -> sys::Result<Revoked> {
         let mut by = Revocation::Move;
         let mut deadline = None;
-        let mut round = match Round::look(self, range.clone()) {
+        // SAFETY: passed on to the caller; nothing has been moved yet.
+        let mut round = match unsafe { self.first_look(&range) } {
             Ok(round) => round,
             Err(error) => {
                 log::warn!("{} bytes are revoked without proof: {error}", range.len());
-                // SAFETY: passed on to the caller; nothing has been moved yet.
+                // SAFETY: as above.
                 unsafe { self.bring_unproven(std::slice::from_ref(&range)) }?;
                 return Ok(Revoked::whole(Revocation::Mremap));
             }
@@ -155,6 +156,21 @@ impl Isolation {
         }
     }
 
+    /// What is in the lock, where there are no guard pages any more. To remove them takes the kernel as long as to move a tenth of
+    /// the pages, so it is asked first whether there can be any.
+    ///
+    /// # Safety
+    /// As for [`Isolation::bring_home`].
+    unsafe fn first_look(&self, range: &Range<usize>) -> sys::Result<Round> {
+        let round = Round::look(self, range.clone())?;
+        if round.all_present {
+            return Ok(round);
+        }
+        // SAFETY: passed on to the caller.
+        unsafe { remove_guards(self.lock.at(range.start), range.len()) }?;
+        Round::look(self, range.clone())
+    }
+
     /// Moves ranges of the lock into the arena without asking whether anybody else can write to them.
     ///
     /// # Safety
@@ -164,6 +180,7 @@ impl Isolation {
             let home = self.arena.at(range.start);
             // SAFETY: passed on to the caller.
             unsafe {
+                remove_guards(self.lock.at(range.start), range.len())?;
                 move_pieces(self.lock.at(range.start), home, range.len())
                     .map_err(|(_, error)| error)?;
                 self.register_again(home, range.len());

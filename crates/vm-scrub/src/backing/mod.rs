@@ -11,7 +11,7 @@ mod moving;
 mod window;
 
 pub(crate) use anonymous::AnonymousArena;
-use anonymous::move_pieces;
+use anonymous::{move_pieces, remove_guards};
 pub(crate) use hugetlb::{HugetlbArena, HugetlbError};
 pub(crate) use window::{Window, WindowSpace};
 

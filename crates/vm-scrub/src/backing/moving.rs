@@ -42,6 +42,8 @@ pub(super) struct Round {
     refusal: Mutex<String>,
     small_pages: bool,
     range: Range<usize>,
+    /// Whether every page is in memory: there are no guard pages then.
+    pub(super) all_present: bool,
 }
 
 impl Round {
@@ -50,13 +52,15 @@ impl Round {
         let origin = isolation.lock.0.addr();
         let mut round = Self {
             range: range.clone(),
+            all_present: true,
             ..Self::default()
         };
         let pagemap = pagemap()?;
-        pagemap.scan_sizes(origin + range.start..origin + range.end, |found, huge| {
+        pagemap.scan_kinds(origin + range.start..origin + range.end, |found, kind| {
+            round.all_present &= kind.present;
             let found = found.start - origin..found.end - origin;
             let whole = found.start.is_multiple_of(BLOCK) && found.end.is_multiple_of(BLOCK);
-            let runs = if huge && whole {
+            let runs = if kind.huge && whole {
                 &mut round.huge
             } else {
                 &mut round.small
@@ -200,7 +204,6 @@ impl Round {
                     step = (len / 2).next_multiple_of(unit);
                 }
                 _ => {
-                    log::debug!("{} bytes are moved without proof: {error}", piece.end - at);
                     let mut failed = self.failed.lock().unwrap_or_else(PoisonError::into_inner);
                     failed.push(at..piece.end);
                     return;

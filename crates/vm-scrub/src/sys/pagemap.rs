@@ -58,6 +58,15 @@ const REGIONS_PER_CALL: usize = 1024;
 /// Pagemap entries read in one call: 64 KiB, or 32 MiB of 4 KiB pages.
 const ENTRIES_PER_READ: usize = 8192;
 
+/// What populated pages are like.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Kind {
+    /// Huge, and mapped as such: a huge page that is mapped in parts looks like small ones.
+    pub(crate) huge: bool,
+    /// In memory: neither swapped out, nor something else that takes a page's place, as a guard page does.
+    pub(crate) present: bool,
+}
+
 /// `/proc/self/pagemap`, open for reading.
 #[derive(Debug)]
 pub(crate) struct Pagemap {
@@ -89,16 +98,18 @@ impl Pagemap {
         })
     }
 
-    /// The same as [`Pagemap::scan`], with `true` for runs of huge pages that are mapped as such. A huge page that is mapped in
-    /// parts looks like small ones.
-    pub(crate) fn scan_sizes(
+    /// The same as [`Pagemap::scan`], with what the pages of each run have in common.
+    pub(crate) fn scan_kinds(
         &self,
         range: Range<usize>,
-        mut found: impl FnMut(Range<usize>, bool),
+        mut found: impl FnMut(Range<usize>, Kind),
     ) -> Result<()> {
-        self.walk(range, PAGE_IS_HUGE, |region| {
-            let huge = region.categories & PAGE_IS_HUGE != 0;
-            found(region.start as usize..region.end as usize, huge);
+        self.walk(range, PAGE_IS_HUGE | PAGE_IS_SWAPPED, |region| {
+            let kind = Kind {
+                huge: region.categories & PAGE_IS_HUGE != 0,
+                present: region.categories & PAGE_IS_SWAPPED == 0,
+            };
+            found(region.start as usize..region.end as usize, kind);
         })
     }
 
