@@ -5,6 +5,7 @@ use std::sync::Arc;
 use kvm_bindings::kvm_userspace_memory_region;
 use vm_scrub::{BLOCK_SIZE, Lease, PageSize};
 use vm_scrub_tests::kvm::{ABOVE_HOLE, LIMIT, Vm, assert_out_of_reach, edges, ranges, secret};
+use vm_scrub_tests::maps::revocation;
 use vm_scrub_tests::{assert_adds_up, kvm_on_every_page_size, pool, quiesce, regions};
 use vm_scrub_vmm::{Guest, Machine, Touch, VcpuStop};
 
@@ -131,6 +132,8 @@ fn stale_memslots_lead_nowhere_while_vcpus_write(page_size: PageSize) {
         let receipt = lease.teardown(quiesced).unwrap();
         assert_adds_up(&receipt);
         assert!(receipt.is_proven(), "{receipt:?}");
+        // Nobody else than the vCPUs could write, and they cannot any more.
+        assert_eq!(receipt.revocation, revocation(page_size));
         let next = pool.lease(&regions(&LAYOUT)).unwrap();
         assert_eq!(next.blocks(), receipt.blocks);
         let next = Vm::boot(next, 2);

@@ -310,3 +310,27 @@ fn a_retired_guest(page_size: PageSize) {
     device.write_from(&device_file(), PAGE as u32);
     assert_nothing_dirty_left(&pool);
 }
+
+/// A VMM that protected a page of its guest's, within a huge page that a device has pinned. Kernels up to 6.18 would try to cut
+/// that page for as long as the pin lasts, so they are not asked, and the receipt says it.
+#[test]
+fn a_huge_page_in_parts_with_a_pin_in_it_holds_nobody_up() {
+    let Some(builder) = builder(PageSize::Transparent, 4) else {
+        return;
+    };
+    let pool = builder.build().unwrap();
+    let lease = pool.lease(&regions(&[(GUEST, 4 * BLOCK_SIZE)])).unwrap();
+    fill(&lease, 1);
+    let within = start(&lease).wrapping_add((BLOCK_SIZE + 3 * PAGE) as usize);
+    // SAFETY: the page lies in the lease's window, to which nobody holds a reference.
+    let status = unsafe { libc::mprotect(within.cast(), PAGE as usize, libc::PROT_READ) };
+    assert_eq!(status, 0);
+    // The pin is on another page of the same huge page, so that it is not what was protected that is held.
+    let Some(device) = Pinned::new(within.wrapping_add(PAGE as usize), PAGE as usize) else {
+        return;
+    };
+    let receipt = teardown(lease);
+    assert_eq!(receipt.revocation, Revocation::Mremap);
+    assert!(receipt.is_proven());
+    drop(device);
+}

@@ -9,8 +9,8 @@ use vm_scrub::test_support::{Call, FaultGuard, inject, inject_short};
 use vm_scrub::{BLOCK_SIZE, PageSize, Pool, PoolBuilder, PoolError, Revocation, RevokeBy};
 use vm_scrub_tests::maps::{has_uffdio_move, mappings, revocation};
 use vm_scrub_tests::{
-    PAGE, assert_all_zero, assert_nothing_dirty_left, fill, logs, on_small_page_sizes, pools,
-    regions, smear, teardown,
+    PAGE, assert_nothing_dirty_left, fill, logs, on_small_page_sizes, pools, regions, smear,
+    teardown,
 };
 
 on_small_page_sizes!(
@@ -108,7 +108,7 @@ fn hugetlb_memory_is_revoked_in_one_way_only() {
 /// A guest of four blocks, filled and torn down under faults.
 fn torn_down(pool: &Pool, faults: impl FnOnce() -> FaultGuard) -> vm_scrub::ScrubReceipt {
     let lease = pool.lease(&regions(&[(0, 4 * BLOCK_SIZE)])).unwrap();
-    assert_all_zero(&lease);
+    // Not read before: on kernels before 6.13 that would bring the huge zero page, and then small ones.
     fill(&lease, 1);
     let fault = faults();
     let receipt = teardown(lease);
@@ -254,7 +254,6 @@ fn sparse_guests(page_size: PageSize) {
     };
     for step in [2, 5, 17, 40, 511, 1000] {
         let lease = pool.lease(&regions(&[(0, 8 * BLOCK_SIZE)])).unwrap();
-        assert_all_zero(&lease);
         let memory = lease.memory();
         for page in (0..4096).step_by(step) {
             memory.write_obj(7_u8, GuestAddress(page * PAGE)).unwrap();

@@ -45,7 +45,9 @@
 //!
 //! - **Copies elsewhere.** Registers, CPU caches of other kinds than data, swap, pages that the kernel migrated, the page
 //!   cache, and whatever devices or the VMM copied out of guest memory are not found. Do not swap; keep KSM off.
-//! - **DMA.** Moving pages away does not unpin them. That no device still writes is part of the [`Quiesced`] statement.
+//! - **DMA, everywhere.** Moving pages away does not unpin them. Pages that are pinned, or shared with another process, when they
+//!   are taken away are found and quarantined where the receipt says [`Revocation::Move`]: 4 KiB and whole transparent huge
+//!   pages, from Linux 6.8 on. Elsewhere, that no device still writes is the VMM's word, part of the [`Quiesced`] statement.
 //! - **Power-off and cold-boot attacks**, rowhammer, and side channels.
 //! - **Verification reads what the next guest would read**, through the caches ([`Verify::Full`]); broken memory chips that
 //!   lose zeros later are not found.
