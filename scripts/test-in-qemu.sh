@@ -54,7 +54,7 @@ mapfile -t all < <(printf '%s\n' "${!programs[@]}" | grep -E "${VM_SCRUB_QEMU_TE
 tests_of() {
     case $1 in
         nested) printf '%s\n' "${all[@]}" ;;
-        shadow) printf '%s\n' "${all[@]}" | grep -E '^(kvm_|vm_scrub_vmm$|guest_memory$|losing_memory$)' ;;
+        shadow) printf '%s\n' "${all[@]}" | sed -nE '/^(kvm_|vm_scrub_vmm$|guest_memory$|losing_memory$)/p' ;;
     esac
 }
 
@@ -67,7 +67,7 @@ initramfs() {
     cp "$busybox" "$dir/busybox"
     echo "limit=$program_limit" >"$dir/limits"
     tests_of "$2" >"$dir.tests"
-    grep -vE "${left_out:-^$}" "$dir.tests" >"$dir/order"
+    sed -E "/${left_out:-^$}/d" "$dir.tests" >"$dir/order"
     while read -r name; do
         cp "${programs[$name]}" "$dir/tests/$name"
     done <"$dir/order"
@@ -82,17 +82,17 @@ initramfs() {
     rm -r "$dir"
 }
 
-# boot KERNEL PAGING: what the console shows lies in a file afterwards.
+# boot KERNEL PAGING: what the console shows lies in a file afterwards. Takes the place of the shell.
 boot() {
     local root=$cache/qemu cpu=EPYC,+svm
     [[ $2 == nested ]] || cpu+=,-npt
+    export LD_LIBRARY_PATH=$root/usr/lib/x86_64-linux-gnu:$root/lib/x86_64-linux-gnu
     # One thread for both processors: with two, QEMU 7.2 crashes the kernel in half of the boots.
-    LD_LIBRARY_PATH=$root/usr/lib/x86_64-linux-gnu:$root/lib/x86_64-linux-gnu \
-        timeout --kill-after=10 "$machine_limit" "$root/usr/bin/qemu-system-x86_64" \
+    exec timeout --kill-after=10 "$machine_limit" "$root/usr/bin/qemu-system-x86_64" \
         -L "$root/usr/share/qemu" -L "$root/usr/share/seabios" \
         -machine q35 -accel tcg,thread=single -cpu "$cpu" -smp 2 -m 4G -nodefaults -display none -serial stdio -no-reboot \
         -kernel "$cache/linux-$1"/boot/vmlinuz-* -initrd "$out/$1-$2.img" \
-        -append 'console=ttyS0 panic=-1 quiet' </dev/null >"$out/$1-$2.log" 2>&1 || echo "@ ended $?" >>"$out/$1-$2.log"
+        -append 'console=ttyS0 panic=-1 quiet' </dev/null >"$out/$1-$2.log" 2>&1
 }
 
 machines=()
@@ -103,7 +103,8 @@ for kernel in "${kernels[@]}"; do
     done
 done
 printf '\n== running %s, for at most %s s each; the consoles are in %s\n' "${machines[*]}" "$machine_limit" "$out"
-# As many at a time as there are processors.
+# As many at a time as there are processors, and none is left behind.
+trap 'kill $(jobs -p) 2>/dev/null || true' EXIT
 for machine in "${machines[@]}"; do
     while [[ $(jobs -rp | wc -l) -ge $(nproc) ]]; do
         wait -n || true
