@@ -178,7 +178,8 @@ fn what_a_balloon_discards_is_scrubbed_or_gone(page_size: PageSize) {
         // SAFETY: the range lies in the lease's window, to which nobody holds a reference. Where the kernel refuses the
         // advice for this kind of memory nothing changes.
         let status = unsafe { libc::madvise(start.wrapping_add(len / 2).cast(), len, advice) };
-        if advice == libc::MADV_DONTNEED {
+        // Of hugetlb memory the kernel discards nothing before Linux 5.18.
+        if advice == libc::MADV_DONTNEED && page_size != PageSize::Huge2M {
             assert_eq!(status, 0, "{}", std::io::Error::last_os_error());
         }
         let receipt = teardown(lease);
@@ -215,7 +216,11 @@ fn a_hugetlb_page_that_somebody_else_has_got_is_quarantined() {
     let range = &receipt.quarantined[0];
     assert_eq!(range.guest_address, 2 * BLOCK_SIZE);
     assert_eq!(range.reason, QuarantineReason::ResidencyUnknown);
-    assert!(range.detail.contains("MADV_POPULATE_WRITE"), "{range:?}");
+    let asked = [Call::Populate, Call::Touch].map(Call::name);
+    assert!(
+        asked.iter().any(|call| range.detail.contains(call)),
+        "{range:?}"
+    );
     drop(other);
     assert_nothing_dirty_left(&pool);
 }
