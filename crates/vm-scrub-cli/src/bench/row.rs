@@ -3,7 +3,7 @@
 use super::args::Benchmark;
 use super::warning::Warning;
 use serde::{Serialize, Serializer};
-use vm_scrub::{PageSize, Verify};
+use vm_scrub::{PageSize, Revocation, Verify};
 
 /// What a contender is. Fields that make no sense for it are left out of the results.
 #[derive(Debug, Clone, Default, Serialize)]
@@ -20,6 +20,9 @@ pub(crate) struct Labels {
     /// How much is read back.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) verify: Option<Verify>,
+    /// How vm-scrub took the memory away from the guest before.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) revocation: Option<Revocation>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) page_size: Option<PageSize>,
     /// How many threads do the work.
@@ -142,6 +145,15 @@ pub(crate) struct Row {
     /// Every time that was taken, in order.
     #[serde(serialize_with = "all_nanos")]
     pub(crate) times_ns: Vec<f64>,
+}
+
+impl Labels {
+    /// How the memory was taken away, if it was not in the usual way.
+    pub(crate) fn unusual_revocation(&self) -> Option<&'static str> {
+        // Where vm-scrub has a choice, it takes the way that proves more.
+        let has_choice = self.page_size != Some(PageSize::Huge2M);
+        (has_choice && self.revocation == Some(Revocation::Mremap)).then_some("revoked by mremap")
+    }
 }
 
 impl Row {

@@ -65,6 +65,10 @@ fn columns(rows: &[Row]) -> Vec<Column> {
             None | Some(Verify::None) => String::new(),
             Some(verify) => format!("{verify:?}").to_lowercase(),
         }),
+        ("revoked by".into(), |row| match row.labels.revocation {
+            None => String::new(),
+            Some(way) => format!("{way:?}").to_lowercase(),
+        }),
         ("threads".into(), |row| row.labels.threads.to_string()),
         ("touched".into(), |row| {
             optional(row.labels.touched_bytes, crate::bench::units::size)

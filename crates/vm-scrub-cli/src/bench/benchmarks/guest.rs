@@ -18,7 +18,7 @@ use std::sync::Arc;
 use std::time::Duration;
 use vm_memory::GuestAddress;
 use vm_scrub::kvm::Memslots;
-use vm_scrub::{Lease, PageSize, Pool, Verify};
+use vm_scrub::{Lease, PageSize, Pool, RevokeBy, Verify};
 use vm_scrub_vmm::{Guest, Machine, kvm_usable};
 
 const FRESH: &str = "fresh-mmap";
@@ -113,6 +113,7 @@ impl Recycled {
                 settings.threads,
                 Verify::Full,
                 true,
+                RevokeBy::Automatic,
             )?,
         })
     }

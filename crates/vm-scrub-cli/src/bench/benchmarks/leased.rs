@@ -8,7 +8,9 @@ use crate::bench::warning::Warning;
 use anyhow::{Context, ensure};
 use std::rc::Rc;
 use vm_memory::GuestAddress;
-use vm_scrub::{Lease, PageSize, Policy, Pool, Quiesced, ScrubReceipt, Ticket, Verify};
+use vm_scrub::{
+    Lease, PageSize, Policy, Pool, Quiesced, Revocation, RevokeBy, ScrubReceipt, Ticket, Verify,
+};
 
 /// A pool of exactly `bytes` bytes, populated.
 pub(super) fn pool(
@@ -17,6 +19,7 @@ pub(super) fn pool(
     threads: usize,
     verify: Verify,
     populate: bool,
+    revoke_by: RevokeBy,
 ) -> anyhow::Result<Pool> {
     Pool::builder()
         .capacity(bytes)
@@ -24,6 +27,7 @@ pub(super) fn pool(
         .threads(threads)
         .policy(Policy::new().verify(verify))
         .populate(populate)
+        .revoke_by(revoke_by)
         .build()
         .context("no pool")
 }
@@ -72,15 +76,31 @@ pub(super) struct Turnaround {
 
 impl Turnaround {
     /// With a pool of `labels.bytes` that scrubs with `labels.threads` threads; `team` plays the guest.
-    pub(super) fn new(labels: &Labels, team: &Rc<Team>) -> anyhow::Result<Self> {
+    pub(super) fn new(
+        labels: &Labels,
+        revoke_by: RevokeBy,
+        team: &Rc<Team>,
+    ) -> anyhow::Result<Self> {
         let page_size = labels.page_size.unwrap_or_default();
         let verify = labels.verify.unwrap_or_default();
-        let pool = pool(labels.bytes, page_size, labels.threads, verify, true)?;
+        let pool = pool(
+            labels.bytes,
+            page_size,
+            labels.threads,
+            verify,
+            true,
+            revoke_by,
+        )?;
         Ok(Self {
             lease: Some(lease_all(&pool)?),
             pool,
             team: Rc::clone(team),
         })
+    }
+
+    /// How its pool takes memory away.
+    pub(super) fn revocation(&self) -> Revocation {
+        self.pool.revocation()
     }
 
     fn lease(&mut self) -> anyhow::Result<&mut Lease> {

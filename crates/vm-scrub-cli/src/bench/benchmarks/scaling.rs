@@ -9,7 +9,7 @@ use crate::bench::settings::Settings;
 use crate::bench::subject::{Built, Contender, Group, Plan};
 use crate::bench::team::Team;
 use std::rc::Rc;
-use vm_scrub::{PageSize, Verify};
+use vm_scrub::{PageSize, RevokeBy, Verify};
 
 pub(super) fn plans(settings: &Rc<Settings>) -> Vec<Plan> {
     let mut plans = Vec::new();
@@ -55,7 +55,7 @@ fn build(settings: &Settings, page_size: PageSize, verify: Verify) -> anyhow::Re
             bytes: settings.memory,
             ..Labels::default()
         };
-        let subject = Turnaround::new(&labels, &team)?;
+        let subject = Turnaround::new(&labels, RevokeBy::Automatic, &team)?;
         Ok(Contender::new(labels, subject).against(name(settings.threads)))
     });
     Ok(Built::Ready(Group::new(

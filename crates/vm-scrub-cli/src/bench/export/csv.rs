@@ -15,6 +15,7 @@ const COLUMNS: &[&str] = &[
     "op",
     "calibrated",
     "verify",
+    "revocation",
     "page_size",
     "threads",
     "bytes",

@@ -107,8 +107,10 @@ fn turnaround(rows: &[Row]) -> Vec<Answer> {
     let own = rows.iter().filter(|row| row.labels.name == "vm-scrub");
     own.filter_map(|row| {
         let (pages, verified) = (pages(row), verified(row));
+        let way = row.labels.unusual_revocation();
+        let way = way.map_or(String::new(), |way| format!(", {way}"));
         let question =
-            format!("turnaround, {pages}, {verified}: speed against munmap + mmap + populate");
+            format!("turnaround, {pages}, {verified}{way}: speed against munmap + mmap + populate");
         Answer::speed(question, row, kernel)
     })
     .collect()

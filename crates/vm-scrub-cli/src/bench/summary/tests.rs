@@ -5,7 +5,7 @@ use crate::bench::export::samples::{self, against, labels, row};
 use crate::bench::row::{Labels, Op, Pattern};
 use crate::bench::setup::Setup;
 use crate::bench::warning::Warning;
-use vm_scrub::{PageSize, Verify};
+use vm_scrub::{PageSize, Revocation, Verify};
 
 fn answers(rows: Vec<Row>) -> Vec<Answer> {
     let mut results = Results::new(Setup::of_this_host());
@@ -94,6 +94,25 @@ fn with_and_without_verification_are_two_questions() {
     assert_eq!(answers.len(), 2);
     assert!(answers[0].question.contains(", verified"));
     assert!(answers[1].question.contains("not verified"));
+    assert_eq!((answers[0].ratio, answers[1].ratio), (4.0, 8.0));
+}
+
+#[test]
+fn taking_memory_away_without_proof_is_a_question_of_its_own() {
+    let mut usual = turnaround("vm-scrub", Verify::Full, [10.0; 4]);
+    usual.labels.revocation = Some(Revocation::Move);
+    let mut faster = turnaround("vm-scrub", Verify::Full, [5.0; 4]);
+    faster.labels.revocation = Some(Revocation::Mremap);
+    let kernel = turnaround("munmap-mmap-populate", Verify::None, [40.0; 4]);
+    let answers = answers(vec![usual, faster, kernel]);
+    let questions: Vec<&str> = answers.iter().map(|each| each.question.as_str()).collect();
+    assert_eq!(
+        questions,
+        [
+            "turnaround, THP, verified: speed against munmap + mmap + populate",
+            "turnaround, THP, verified, revoked by mremap: speed against munmap + mmap + populate",
+        ]
+    );
     assert_eq!((answers[0].ratio, answers[1].ratio), (4.0, 8.0));
 }
 

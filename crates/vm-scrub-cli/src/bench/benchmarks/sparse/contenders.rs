@@ -8,7 +8,7 @@ use crate::bench::subject::Subject;
 use anyhow::Context;
 use std::cell::RefCell;
 use std::rc::Rc;
-use vm_scrub::{Lease, Policy, Pool, Verify, scrub_raw};
+use vm_scrub::{Lease, Policy, Pool, RevokeBy, Verify, scrub_raw};
 
 /// A lease of which a part was touched.
 pub(super) struct Leased {
@@ -25,7 +25,14 @@ impl Leased {
         let page_size = labels.page_size.unwrap_or_default();
         let verify = labels.verify.unwrap_or_default();
         Ok(Self {
-            pool: leased::pool(labels.bytes, page_size, labels.threads, verify, false)?,
+            pool: leased::pool(
+                labels.bytes,
+                page_size,
+                labels.threads,
+                verify,
+                false,
+                RevokeBy::Automatic,
+            )?,
             lease: None,
             touched: touched.clone(),
             again,

@@ -148,8 +148,16 @@ fn bar_plot(title: &str, rows: &[Row]) -> BarPlot {
 fn label(row: &Row) -> String {
     let name = &row.labels.name;
     match (row.benchmark, row.labels.verify) {
-        (Benchmark::Turnaround, Some(Verify::Full)) => format!("{name}, verified"),
-        (Benchmark::Turnaround, _) if is_own(row) => format!("{name}, not verified"),
+        (Benchmark::Turnaround, verify) if is_own(row) => {
+            let not = if verify == Some(Verify::Full) {
+                ""
+            } else {
+                "not "
+            };
+            let way = row.labels.unusual_revocation();
+            let way = way.map_or(String::new(), |way| format!(", {way}"));
+            format!("{name}, {not}verified{way}")
+        }
         _ => name.clone(),
     }
 }
