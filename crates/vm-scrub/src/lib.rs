@@ -36,6 +36,10 @@
 //!   one step of the kernel: a late vCPU, device thread or forgotten pointer faults, and does not meet the next guest.
 //! - **Not while in use.** A lease with registered memslots, or of whose guest memory a handle is alive, is not torn down;
 //!   the error hands it back.
+//! - **Shared memory is never leased again.** The memory of a [shareable](LeaseOptions::shareable) lease, which other processes
+//!   have too, is zeroed, sealed against writing by anybody, read back, and given to the kernel; other memory takes its place. While
+//!   another process can still write to it, it is quarantined, and tried again later. A process that keeps the descriptor, or a
+//!   mapping that can only be read, reads zeros and never another guest's bytes.
 //! - **Every byte accounted for.** `scrubbed + never populated + quarantined = leased` in each receipt, and
 //!   `clean + leased + dirty + quarantined = capacity` in the pool, at any moment.
 //! - **Not optimised away.** The compiler can remove neither the zeros nor the reading back.
@@ -48,6 +52,9 @@
 //! - **DMA, everywhere.** Moving pages away does not unpin them. Pages that are pinned, or shared with another process, when they
 //!   are taken away are found and quarantined where the receipt says [`Revocation::Move`]: 4 KiB and whole transparent huge
 //!   pages, from Linux 6.8 on. Elsewhere, that no device still writes is the VMM's word, part of the [`Quiesced`] statement.
+//! - **Back-ends that mean harm.** A process that was given shareable memory can keep it in quarantine for as long as it likes
+//!   (by a mapping) or for good (by a write at the last moment, or a seal of its own), and can kill the VMM by punching holes
+//!   into memory that the host cannot supply again. It does not reach other guests' memory.
 //! - **Power-off and cold-boot attacks**, rowhammer, and side channels.
 //! - **Verification reads what the next guest would read**, through the caches ([`Verify::Full`]); broken memory chips that
 //!   lose zeros later are not found.
@@ -119,10 +126,12 @@ pub use sys::{Call as SysCall, Error as SysError};
 #[cfg(feature = "vm-memory")]
 pub use {
     backing::{Revocation, RevokeBy},
-    lease::{GuestRegion, Lease, LeaseError, Quiesced, ScrubReceipt, TeardownError, Ticket},
+    lease::{
+        GuestRegion, Lease, LeaseError, LeaseOptions, Quiesced, ScrubReceipt, TeardownError, Ticket,
+    },
     pool::{
         Accounts, Extent, LeaseId, PageSize, Pool, PoolBuilder, PoolError, Priority, Progress,
-        ScrubRate,
+        ScrubRate, Withheld,
     },
 };
 

@@ -8,10 +8,12 @@
 //! it populates it: then every page there will be is on that node, or it is known at once that there are too few.
 
 use super::{
-    Backing, NotGranted, NotPrepared, Revocation, RevokeBy, Revoked, Window, WindowSpace,
+    Backing, NotGranted, NotPrepared, Refilled, Revocation, RevokeBy, Revoked, Window, WindowSpace,
     keep_private,
 };
 use crate::scrub::{HostPtr, Residency, Workers};
+use crate::sys::map::Advice;
+use crate::sys::memfd::{self, Pages};
 use crate::sys::{self, hugetlb, map, numa};
 use std::fs::File;
 use std::ops::Range;
@@ -43,13 +45,14 @@ impl HugetlbArena {
     /// The pages are going to come from NUMA `node`, if one is given. `resident` says that the caller is going to populate the
     /// arena, as it must for a node: windows are then populated when they are granted.
     pub(crate) fn map(len: usize, resident: bool, node: Option<u32>) -> Result<Self, HugetlbError> {
-        let file = hugetlb::memfd_2m(len as u64).map_err(|error| match error.errno() {
-            // A kernel without hugetlb, or without this page size.
-            Some(libc::EINVAL | libc::ENODEV | libc::ENOENT) => {
-                HugetlbError::NoPages { free: None }
-            }
-            _ => HugetlbError::Sys(error),
-        })?;
+        let file =
+            memfd::private(len as u64, Pages::Huge2M).map_err(|error| match error.errno() {
+                // A kernel without hugetlb, or without this page size.
+                Some(libc::EINVAL | libc::ENODEV | libc::ENOENT) => {
+                    HugetlbError::NoPages { free: None }
+                }
+                _ => HugetlbError::Sys(error),
+            })?;
         let view = WindowSpace::new(0).open(len).map_err(HugetlbError::Sys)?;
         let base = view.start();
         // SAFETY: the window is a fresh reservation of this length that nobody else knows.
@@ -125,6 +128,18 @@ impl Backing for HugetlbArena {
     /// Nothing is given back: a page that leaves the file leaves the reservation too, and the next guest could find none.
     fn give_back(&self, _range: Range<usize>) -> sys::Result<u64> {
         Ok(0)
+    }
+
+    /// Pages that were reserved and never supplied must be supplied first: only with a page does its reservation go back.
+    fn lend(&self, range: Range<usize>) -> sys::Result<()> {
+        self.populate(range.clone())?;
+        // SAFETY: the range is the arena's, and clean: what is supplied in its place is zero too. No view of it is left.
+        unsafe { map::advise(self.base.at(range.start), range.len(), Advice::Remove) }
+    }
+
+    fn refill(&self, range: Range<usize>) -> sys::Result<Refilled> {
+        self.populate(range)?;
+        Ok(Refilled(()))
     }
 
     /// Everything counts: the kernel tells which pages of a view are mapped, and not which pages of the file exist. A guest

@@ -8,11 +8,13 @@ mod anonymous;
 mod hugetlb;
 mod isolation;
 mod moving;
+mod shared;
 mod window;
 
 pub(crate) use anonymous::AnonymousArena;
 use anonymous::{move_pieces, remove_guards};
 pub(crate) use hugetlb::{HugetlbArena, HugetlbError};
+pub(crate) use shared::{SharedFile, is_still_shared};
 pub(crate) use window::{Window, WindowSpace};
 
 use crate::BLOCK_SIZE;
@@ -42,9 +44,13 @@ pub enum Revocation {
     /// `mremap(2)` moved the pages out of the guest's window in one step. No address in the process that belonged to the
     /// guest reaches them any more. Pages pinned for DMA stay pinned: that no device still writes is the VMM's word.
     Mremap,
-    /// The guest's view of the hugetlb file was replaced by inaccessible address space in one step. What it proves is what
-    /// [`Revocation::Mremap`] proves.
+    /// The guest's view of the file behind it was replaced by inaccessible address space in one step. What it proves is what
+    /// [`Revocation::Mremap`] proves; of memory that was shared with other processes, nothing about those.
     ViewReplaced,
+    /// The memory was shared with other processes. After the guest's view was replaced and the memory scrubbed, the kernel
+    /// sealed it (`F_SEAL_WRITE`), which it does only when nobody, in any process, has a mapping that could be written to or
+    /// a page pinned for DMA. What was read back since then cannot have been changed by anybody.
+    Sealed,
 }
 
 /// How a pool of anonymous memory is to take it away from guests; see [`Revocation`] for what each way proves.
@@ -99,6 +105,10 @@ impl Revoked {
     }
 }
 
+/// Proof that a range of the arena whose memory was lent has memory again. Made by [`Backing::refill`] only.
+#[derive(Debug)]
+pub(crate) struct Refilled(());
+
 /// A range that could not be granted.
 #[derive(Debug)]
 pub(crate) struct NotGranted {
@@ -148,6 +158,16 @@ pub(crate) trait Backing: Debug + Send + Sync {
 
     /// Gives the pages of `range` (clean, page aligned) back to the kernel, where that loses nothing. Returns how many bytes.
     fn give_back(&self, range: Range<usize>) -> sys::Result<u64>;
+
+    /// Gives the memory of `range` (clean) to the kernel, so that as much can be had for something else.
+    fn lend(&self, range: Range<usize>) -> sys::Result<()> {
+        self.give_back(range).map(drop)
+    }
+
+    /// Sees to it that `range`, whose memory was lent, can be granted again: it is zero.
+    fn refill(&self, _range: Range<usize>) -> sys::Result<Refilled> {
+        Ok(Refilled(()))
+    }
 
     /// Faults in `range` of the arena.
     fn populate(&self, range: Range<usize>) -> sys::Result<()> {

@@ -57,8 +57,10 @@ pub(super) fn outside(
 /// answer.
 pub(super) fn asked_about(segments: &[Segment], lost: &Lost) -> u64 {
     let unanswered = |block| {
-        lost.get(&block)
-            .is_some_and(|(reason, _)| *reason != QuarantineReason::NotZero)
+        lost.get(&block).is_some_and(|(reason, _)| {
+            use QuarantineReason::{NotRevoked, PinnedOrShared, ResidencyUnknown};
+            matches!(reason, NotRevoked | PinnedOrShared | ResidencyUnknown)
+        })
     };
     parts(segments)
         .filter(|(_, part)| !unanswered(part.start as u64 / BLOCK_SIZE))

@@ -58,7 +58,8 @@ pub enum LeaseError {
     /// The pool has not enough clean memory.
     #[error(
         "{asked} bytes in blocks of {BLOCK_SIZE} were asked for and {} are free ({} leased, {} being scrubbed, {} \
-         quarantined): tear other guests down, ask for less, or make a larger pool",
+         quarantined): tear other guests down, end the processes that still hold shared memory (`Pool::withheld`), ask \
+         for less, or make a larger pool",
         .accounts.clean, .accounts.leased, .accounts.dirty, .accounts.quarantined
     )]
     NotEnough {
@@ -66,6 +67,18 @@ pub enum LeaseError {
         asked: u64,
         /// What the pool had at that moment.
         accounts: Accounts,
+    },
+    /// A file to be shared with other processes could not be made.
+    #[error(
+        "{bytes} bytes to be shared with other processes could not be had ({source}): the host has too little memory or \
+         too few free hugetlb pages (`vm.nr_hugepages`), the process too many open files (`ulimit -n`) or too little address \
+         space (`ulimit -v`), or the kernel no sealable files of this kind; free some, or lease without `shareable`"
+    )]
+    Share {
+        /// The length of the file, in bytes.
+        bytes: u64,
+        /// The call that failed.
+        r#source: SysError,
     },
     /// The guest's window could not be mapped.
     #[error(

@@ -6,20 +6,24 @@
 mod account;
 mod error;
 mod handles;
+mod options;
 mod receipt;
 mod region;
 mod retire;
+mod sealing;
+mod shared;
 mod steps;
 pub mod teardown;
 
 pub use error::{LeaseError, Refusal, Refused, TeardownError};
+pub use options::LeaseOptions;
 pub use receipt::{Outcome, QuarantineReason, QuarantinedRange, ScrubReceipt, StepTimes};
 pub use region::GuestRegion;
 pub use retire::{Cancelled, Ticket};
 
-use crate::backing::{NotGranted, Window};
+use crate::backing::{Backing, NotGranted, Window};
 use crate::pool::blocks::{Blocks, Leased, Taken};
-use crate::pool::{Extent, LeaseId, PageSize, Pool, Shared, deal};
+use crate::pool::{Extent, LeaseId, OwnedFile, PageSize, Pool, Shared, deal};
 use crate::scrub::HostPtr;
 use crate::{BLOCK_SIZE, SysError};
 use handles::{Handle, Handles};
@@ -109,7 +113,7 @@ impl Registrations {
 #[derive(Debug, Clone)]
 pub(crate) struct Segment {
     pub(crate) guest_address: u64,
-    /// Offset in the arena, in bytes; at the start of a block.
+    /// Offset in the arena or, of a shareable lease, in its file; in bytes, at the start of a block.
     pub(crate) offset: usize,
     pub(crate) window: HostPtr,
     pub(crate) len: usize,
@@ -137,6 +141,8 @@ pub struct Lease {
     /// `None` when teardown has taken over.
     blocks: Option<Blocks<Leased>>,
     extents: Vec<Extent>,
+    /// The memory, where it is shareable; the blocks stand for so many bytes then, and what is behind them is lent.
+    file: Option<Box<OwnedFile>>,
     registrations: Arc<Registrations>,
     handles: Handles,
 }
@@ -151,7 +157,7 @@ impl Pool {
     ///
     /// Each variant of [`LeaseError`] says what to do. The pool is as it was.
     pub fn lease(&self, regions: &[(GuestAddress, u64)]) -> Result<Lease, LeaseError> {
-        self.lease_with(None, regions)
+        self.lease_with(regions, LeaseOptions::new())
     }
 
     /// The same as [`Pool::lease`] for a guest with a name, which the receipt will carry.
@@ -160,13 +166,18 @@ impl Pool {
         guest: impl Into<String>,
         regions: &[(GuestAddress, u64)],
     ) -> Result<Lease, LeaseError> {
-        self.lease_with(Some(guest.into()), regions)
+        self.lease_with(regions, LeaseOptions::new().guest(guest))
     }
 
-    fn lease_with(
+    /// The same as [`Pool::lease`], with a choice of what the memory is to be: see [`LeaseOptions`].
+    ///
+    /// # Errors
+    ///
+    /// As for [`Pool::lease`].
+    pub fn lease_with(
         &self,
-        guest: Option<String>,
         regions: &[(GuestAddress, u64)],
+        options: LeaseOptions,
     ) -> Result<Lease, LeaseError> {
         let shared = &self.shared;
         let regions = region::check(regions, shared.page_size.granularity())?;
@@ -174,49 +185,77 @@ impl Pool {
             .iter()
             .map(|region| region.bytes.div_ceil(BLOCK_SIZE))
             .collect();
-        let blocks = wanted.iter().sum();
-        let taken = take(shared, blocks)?;
-        let shares = deal(taken.extents(), &wanted);
-
-        let mut leased: Vec<LeasedRegion> = Vec::with_capacity(regions.len());
-        for (region, extents) in regions.into_iter().zip(shares) {
-            match open(shared, region, &extents) {
-                Ok(region) => leased.push(region),
-                Err((source, lost)) => {
-                    withdraw(shared, leased, taken, lost);
-                    return Err(LeaseError::Map {
-                        bytes: region.bytes,
-                        source,
-                    });
-                }
-            }
-        }
-        let extents = taken.extents().to_vec();
-        let id = LeaseId::next();
-        log::debug!("{id}: {} regions, {} blocks", leased.len(), blocks);
-        Ok(Lease {
+        let taken = take(shared, wanted.iter().sum())?;
+        let lease = Lease {
             pool: Arc::clone(shared),
-            id,
-            guest,
-            regions: leased,
-            blocks: Some(taken.lease()),
-            extents,
+            id: LeaseId::next(),
+            guest: options.guest,
+            regions: Vec::with_capacity(regions.len()),
+            blocks: None,
+            extents: taken.extents().to_vec(),
+            file: None,
             registrations: Arc::default(),
             handles: Handles::default(),
-        })
+        };
+        let lease = if options.shareable {
+            shared::open(lease, regions, taken)?
+        } else {
+            open_all(lease, regions, &wanted, taken)?
+        };
+        log::debug!(
+            "{}: {} regions, {} bytes",
+            lease.id,
+            lease.regions.len(),
+            lease.bytes()
+        );
+        Ok(lease)
     }
 }
 
-/// Takes blocks out of the clean set. Where there are too few, what has been retired is scrubbed now, until there are enough.
+/// Opens a window for each region and grants it its share of the blocks.
+fn open_all(
+    mut lease: Lease,
+    regions: Vec<GuestRegion>,
+    wanted: &[u64],
+    taken: Blocks<Taken>,
+) -> Result<Lease, LeaseError> {
+    let pool = Arc::clone(&lease.pool);
+    let shares = deal(taken.extents(), wanted);
+    for (region, extents) in regions.into_iter().zip(shares) {
+        match open(&pool, region, &extents) {
+            Ok(region) => lease.regions.push(region),
+            Err((source, lost)) => {
+                withdraw(&pool, std::mem::take(&mut lease.regions), taken, lost);
+                return Err(LeaseError::Map {
+                    bytes: region.bytes,
+                    source,
+                });
+            }
+        }
+    }
+    lease.blocks = Some(taken.lease());
+    Ok(lease)
+}
+
+/// Takes blocks out of the clean set. Where there are too few, what has been retired is scrubbed now, until there are enough;
+/// and what other processes had not let go of is asked for again.
 fn take(shared: &Shared, blocks: u64) -> Result<Blocks<Taken>, LeaseError> {
     let asked = blocks.saturating_mul(BLOCK_SIZE);
     let mut helped = true;
+    let mut reclaimed = false;
     loop {
         let accounts = match Blocks::<Taken>::take(&shared.ledger, blocks) {
             Ok(taken) => return Ok(taken),
             Err(accounts) => accounts,
         };
-        if !helped || asked > accounts.clean.saturating_add(accounts.dirty) {
+        let possible = accounts.clean.saturating_add(accounts.dirty);
+        if !helped || asked > possible {
+            if !reclaimed && asked <= possible.saturating_add(shared.reclaimable()) {
+                reclaimed = true;
+                helped = true;
+                shared.reclaim();
+                continue;
+            }
             return Err(LeaseError::NotEnough { asked, accounts });
         }
         // Where there is nothing to help with any more, somebody may have finished it just now: one more look.
@@ -259,7 +298,10 @@ fn open(
                 .grant(segment.offset, segment.window.0, segment.len)
         } {
             let stuck = if stuck { segment.blocks() } else { 0..0 };
-            return Err((error, close_unseen(shared, leased, stuck)));
+            return Err((
+                error,
+                close_unseen(shared, shared.backing.as_ref(), leased, stuck),
+            ));
         }
         done += segment.len;
         leased.segments.push(segment);
@@ -275,7 +317,7 @@ fn withdraw(
     mut lost: Vec<u64>,
 ) {
     for region in regions {
-        lost.extend(close_unseen(shared, region, 0..0));
+        lost.extend(close_unseen(shared, shared.backing.as_ref(), region, 0..0));
     }
     taken.quarantine_blocks(lost);
     taken.give_back();
@@ -283,12 +325,17 @@ fn withdraw(
 
 /// Takes back what was granted to a region that nobody has seen; returns the blocks for which that failed, with those that
 /// are known to be stuck in the window already.
-fn close_unseen(shared: &Shared, leased: LeasedRegion, stuck: Range<u64>) -> Vec<u64> {
+fn close_unseen(
+    shared: &Shared,
+    backing: &dyn Backing,
+    leased: LeasedRegion,
+    stuck: Range<u64>,
+) -> Vec<u64> {
     let mut lost: Vec<u64> = stuck.collect();
     for segment in &leased.segments {
         // SAFETY: granted to this window, whose address has not left this module.
         let revoked = unsafe {
-            shared.backing.revoke(
+            backing.revoke(
                 segment.offset,
                 segment.window.0,
                 segment.len,
@@ -319,7 +366,7 @@ fn close_unseen(shared: &Shared, leased: LeasedRegion, stuck: Range<u64>) -> Vec
 }
 
 impl Segment {
-    /// The numbers of the blocks that this segment lies in.
+    /// The numbers of the blocks that this segment lies in, counted from the start of the arena or the file.
     pub(crate) fn blocks(&self) -> Range<u64> {
         blocks_of(self.offset, self.offset + self.len)
     }
@@ -358,7 +405,10 @@ impl Lease {
 
     /// The pages the memory consists of.
     pub fn page_size(&self) -> PageSize {
-        self.pool.page_size
+        match self.pool.page_size {
+            PageSize::Transparent if self.is_shareable() => PageSize::Base4K,
+            page_size => page_size,
+        }
     }
 
     /// The memory as vm-memory knows it, without a dirty bitmap.
@@ -390,17 +440,20 @@ impl Lease {
         mut bitmap: impl FnMut(usize) -> B,
     ) -> impl Iterator<Item = GuestRegionMmap<B>> {
         let huge = self.pool.page_size == PageSize::Huge2M;
-        let sharing = if huge {
+        let sharing = if huge || self.is_shareable() {
             libc::MAP_SHARED
         } else {
             libc::MAP_PRIVATE | libc::MAP_ANONYMOUS
         };
         self.regions.iter().map(move |leased| {
             let len = leased.window.len();
-            let builder = MmapRegionBuilder::new_with_bitmap(len, bitmap(len))
+            let mut builder = MmapRegionBuilder::new_with_bitmap(len, bitmap(len))
                 .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
                 .with_mmap_flags(sharing)
                 .with_hugetlbfs(huge);
+            if let Some(place) = self.file_offset(leased) {
+                builder = builder.with_file_offset(place);
+            }
             // SAFETY: the window is mapped over its whole length, and stays so while the region is alive: the lease tracks
             // it and refuses teardown, and a lease that is dropped leaves the window mapped.
             let mapping = unsafe { builder.with_raw_mmap_pointer(leased.window.start().0) }

@@ -21,7 +21,7 @@ pub enum Outcome {
 }
 
 /// Why memory went into quarantine.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 #[cfg_attr(feature = "serde", serde(rename_all = "kebab-case"))]
 #[non_exhaustive]
@@ -35,8 +35,18 @@ pub enum QuarantineReason {
     BesidePinned,
     /// The kernel did not say which of its pages are populated.
     ResidencyUnknown,
-    /// Something else than zero was read back, twice.
+    /// Something else than zero was read back, twice; or once, where the memory was shared and had been sealed by then.
     NotZero,
+    /// It is shared, and another process can still write to it, or a device has pinned it. It is tried again later: see
+    /// [`Pool::withheld`](crate::Pool::withheld).
+    StillShared,
+    /// It is shared, and the kernel did not unmap, seal or map it again, for another reason. It is tried again later.
+    NotSealed,
+    /// It is shared, and in one file with memory that is not clean: the kernel gets the whole file or nothing.
+    SameFile,
+    /// It was shared, proven to be zero, and went back to the kernel, which has no memory to take its place. It is tried again
+    /// later.
+    NotReplaced,
 }
 
 /// Memory that went into quarantine: in whole blocks as far as the guest had them. What was pinned or shared is named to the

@@ -101,7 +101,13 @@ impl Lease {
     pub fn retire(self, quiesced: Quiesced) -> Result<Ticket, TeardownError> {
         let mut steps = take_away(self, quiesced)?;
         steps.find_populated();
-        let job = steps.job(Work::ZeroAndRead);
+        // Shared memory is sealed before it is read back: when it is concluded.
+        let work = if steps.file.is_some() {
+            Work::Zero
+        } else {
+            Work::ZeroAndRead
+        };
+        let job = steps.job(work);
         let pool = Arc::clone(&steps.pool);
         let retired = Arc::new(Retired {
             lease: steps.lease(),
@@ -303,7 +309,12 @@ impl Chore for Retired {
             // Not possible: it was done above. Dropping the steps quarantines.
             return;
         };
-        let outcome = steps.scrubbed(&zeroed).verified(&verdict).recycle();
+        let steps = steps.scrubbed(&zeroed);
+        let outcome = if steps.file.is_some() {
+            steps.verified_sealed().recycle()
+        } else {
+            steps.verified(&verdict).recycle()
+        };
         match &outcome {
             Ok(receipt) => log::info!(
                 "{} scrubbed in the background: {:?}",

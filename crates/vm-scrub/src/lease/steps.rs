@@ -4,9 +4,9 @@ use super::account::{Lost, asked_about, outside, parts, quarantined_ranges, tota
 use super::receipt::{Outcome, QuarantineReason, ScrubReceipt, StepTimes};
 use super::{Lease, Quiesced, Refused, Segment, TeardownError, blocks_of};
 use crate::BLOCK_SIZE;
-use crate::backing::{BLOCK, Revocation, Revoked};
+use crate::backing::{BLOCK, Backing, Revocation, Revoked};
 use crate::pool::blocks::{Blocks, Dirty, Scrubbed, State, Verified};
-use crate::pool::{LeaseId, Shared};
+use crate::pool::{Extent, LeaseId, OwnedFile, Shared};
 use crate::scrub::{
     Job, Residency, Verdict, Verify, Work, Zeroed, beyond, fresh_seed, pieces, push_joined,
 };
@@ -22,15 +22,19 @@ const ASKED_AT_ONCE: usize = 256 << 20;
 pub(super) struct Steps<S: State> {
     pub(super) blocks: Blocks<S>,
     pub(super) pool: Arc<Shared>,
+    /// The memory, where it is shareable.
+    pub(super) file: Option<Box<OwnedFile>>,
     started: Instant,
-    segments: Vec<Segment>,
+    pub(super) segments: Vec<Segment>,
     /// Blocks in the lease at the start.
     leased_blocks: u64,
-    /// Ranges of the arena that can hold data, ascending and disjoint. Empty before the residency is known.
-    populated: Vec<Range<usize>>,
+    /// Ranges of the arena or the file that can hold data, ascending and disjoint. Empty before the residency is known.
+    pub(super) populated: Vec<Range<usize>>,
+    /// What is to be read back, where that is something else.
+    pub(super) to_read: Option<Vec<Range<usize>>>,
     /// Bytes about which the kernel has said whether they are populated.
-    answered: u64,
-    lost: Lost,
+    pub(super) answered: u64,
+    pub(super) lost: Lost,
     /// What others could still write to when it was revoked, as arena offsets, ascending. In blocks that are lost.
     pinned: Vec<Range<usize>>,
     /// Decides which lines a sample consists of.
@@ -38,7 +42,7 @@ pub(super) struct Steps<S: State> {
     /// Bytes in pieces that were read back and stayed wrong.
     failed_bytes: u64,
     /// Filled in step by step.
-    receipt: ScrubReceipt,
+    pub(super) receipt: ScrubReceipt,
 }
 
 /// Revokes every segment of a lease, unless something stands against it.
@@ -74,10 +78,12 @@ pub(super) fn take_away_unasked(
     let pool = Arc::clone(&lease.pool);
     let leased_blocks = blocks.count();
     let receipt = open_receipt(lease, &pool);
+    let file = lease.file.take();
+    let backing = backing(&pool, file.as_deref());
     let mut segments = Vec::new();
     let mut lost = Lost::new();
     let mut pinned: Vec<Range<usize>> = Vec::new();
-    let mut by = pool.backing.revocation();
+    let mut by = backing.revocation();
     let mut proofs: Vec<Revoked> = Vec::new();
     for region in std::mem::take(&mut lease.regions) {
         let mut closed = true;
@@ -85,7 +91,7 @@ pub(super) fn take_away_unasked(
             // SAFETY: the segment was granted at this address when the lease was made. No handle is left and the guest
             // is quiesced, so nobody holds a reference; a stray pointer is what revocation is for.
             match unsafe {
-                pool.backing.revoke(
+                backing.revoke(
                     segment.offset,
                     segment.window.0,
                     segment.len,
@@ -129,15 +135,21 @@ pub(super) fn take_away_unasked(
             region.window.leak();
         }
     }
-    blocks.quarantine_blocks(lost.keys().copied());
+    let shareable = file.is_some();
+    blocks.quarantine_blocks(
+        lost.keys()
+            .map(|block| in_books(shareable, &receipt.blocks, *block)),
+    );
     pinned.sort_by_key(|range| range.start);
     let mut steps = Steps {
         blocks: blocks.revoked(proofs),
         pool,
+        file,
         started,
         segments,
         leased_blocks,
         populated: Vec::new(),
+        to_read: None,
         answered: 0,
         lost,
         pinned,
@@ -150,6 +162,30 @@ pub(super) fn take_away_unasked(
     steps
 }
 
+/// Where the memory is: in a file of its own, if it is shareable.
+fn backing<'a>(pool: &'a Shared, file: Option<&'a OwnedFile>) -> &'a dyn Backing {
+    match file.and_then(OwnedFile::get) {
+        Some(file) => file,
+        None => pool.backing.as_ref(),
+    }
+}
+
+/// The number by which the books know block number `block` of a lease's memory: its own, or that of the block in the pool that
+/// a shareable lease took in its stead.
+fn in_books(shareable: bool, extents: &[Extent], mut block: u64) -> u64 {
+    if !shareable {
+        return block;
+    }
+    for extent in extents {
+        if block < extent.blocks {
+            return extent.first + block;
+        }
+        block -= extent.blocks;
+    }
+    // Not possible: the lease took as many blocks as its file has. No pool has this one.
+    u64::MAX
+}
+
 /// A receipt with everything that is known before the first step.
 fn open_receipt(lease: &Lease, pool: &Shared) -> ScrubReceipt {
     ScrubReceipt {
@@ -157,8 +193,8 @@ fn open_receipt(lease: &Lease, pool: &Shared) -> ScrubReceipt {
         guest: lease.guest.clone(),
         regions: lease.guest_regions().collect(),
         blocks: lease.extents.clone(),
-        page_size: pool.page_size,
-        revocation: pool.backing.revocation(),
+        page_size: lease.page_size(),
+        revocation: backing(pool, lease.file.as_deref()).revocation(),
         verify: pool.verify,
         bytes_total: lease.bytes(),
         bytes_scrubbed: 0,
@@ -186,10 +222,12 @@ impl<S: State> Steps<S> {
         Steps {
             blocks: change(self.blocks),
             pool: self.pool,
+            file: self.file,
             started: self.started,
             segments: self.segments,
             leased_blocks: self.leased_blocks,
             populated: self.populated,
+            to_read: self.to_read,
             answered: self.answered,
             lost: self.lost,
             pinned: self.pinned,
@@ -201,16 +239,19 @@ impl<S: State> Steps<S> {
 
     /// A job over everything that can hold data. It is the caller's to run it to its end before the blocks change hands.
     pub(super) fn job(&mut self, work: Work) -> Job {
-        let Shared {
-            engine,
-            backing,
-            verify,
-            ..
-        } = &*self.pool;
-        // SAFETY: the ranges are disjoint, lie in blocks that this teardown owns, and are mapped writable in the arena.
-        // Revocation has taken every other address of theirs away, and the blocks stay dirty until the job is settled.
-        let job = unsafe { engine.job(backing.arena(), &self.populated, work, *verify, self.seed) };
-        if work != Work::Read {
+        let Shared { engine, verify, .. } = &*self.pool;
+        let ranges = match &self.to_read {
+            Some(to_read) if !work.zeroes() => to_read,
+            _ => &self.populated,
+        };
+        let arena = backing(&self.pool, self.file.as_deref()).arena();
+        // SAFETY: the ranges are disjoint, lie in blocks or a file that this teardown owns, and are mapped writable in the
+        // arena or the file's view; read-only, once the file is sealed and its memory only read. Revocation has taken
+        // every other address of theirs in this process away, and the blocks stay dirty until the job is settled. Another
+        // process may write to memory that is shared with it: zeroing does not depend on what it finds, and what is read
+        // back counts only once the kernel has excluded that.
+        let job = unsafe { engine.job(arena, ranges, work, *verify, self.seed) };
+        if work.zeroes() {
             let (_, bytes) = job.progress();
             self.receipt.zero_loop = job.zero_loop().name().to_owned();
             self.receipt.calibration = engine.rates_for(bytes, *verify, work);
@@ -250,6 +291,11 @@ impl Steps<Dirty> {
     /// are quarantined.
     pub(super) fn find_populated(&mut self) {
         let begun = Instant::now();
+        if self.file.is_some() {
+            self.find_populated_in_file();
+            self.receipt.steps.residency_ns = nanos(begun.elapsed());
+            return;
+        }
         let mut populated = Vec::new();
         let mut answered = 0;
         let mut answer = |residency: Residency| {
@@ -320,7 +366,11 @@ impl Steps<Scrubbed> {
                 .entry(block)
                 .or_insert((QuarantineReason::NotZero, detail));
         }
-        self.with_blocks(|blocks| blocks.verified(verdict))
+        let shareable = self.file.is_some();
+        let extents = self.receipt.blocks.clone();
+        self.with_blocks(|blocks| {
+            blocks.verified(verdict, |block| in_books(shareable, &extents, block))
+        })
     }
 }
 
@@ -328,16 +378,23 @@ impl Steps<Verified> {
     /// Puts what is clean into the pool and closes the account.
     pub(super) fn recycle(mut self) -> Result<ScrubReceipt, TeardownError> {
         let recycling = Instant::now();
-        if let Err(error) = self.close_account() {
+        if let Err(error) = self.check_account() {
             log::error!("{error}");
             self.blocks.quarantine();
             return Err(error);
         }
-        self.give_back();
-        let mut receipt = self.receipt;
-        self.blocks.recycle();
+        let started = self.started;
+        let mut receipt = match self.file.take() {
+            Some(file) => self.part_with(*file),
+            None => {
+                self.give_back();
+                self.close_receipt();
+                self.blocks.recycle();
+                self.receipt
+            }
+        };
         receipt.steps.recycle_ns = nanos(recycling.elapsed());
-        receipt.elapsed_ns = nanos(self.started.elapsed());
+        receipt.elapsed_ns = nanos(started.elapsed());
         receipt.ended_unix_ms = SystemTime::now()
             .duration_since(UNIX_EPOCH)
             .map_or(0, |since| {
@@ -371,9 +428,9 @@ impl Steps<Verified> {
         }
     }
 
-    /// Compares what the steps did with what there was to do, and fills in the receipt's totals.
-    fn close_account(&mut self) -> Result<(), TeardownError> {
-        let receipt = &mut self.receipt;
+    /// Compares what the steps did with what there was to do.
+    fn check_account(&self) -> Result<(), TeardownError> {
+        let receipt = &self.receipt;
         let lease = receipt.lease;
         let check = |what, expected, found| {
             if expected == found {
@@ -388,25 +445,35 @@ impl Steps<Verified> {
         };
         let asked = asked_about(&self.segments, &self.lost);
         check("what the kernel was asked about", asked, self.answered)?;
-        let populated: u64 = self.populated.iter().map(|range| range.len() as u64).sum();
+        let populated = sum(&self.populated);
         check("what was scrubbed", populated, receipt.bytes_scrubbed)?;
 
         let totals = totals(&self.segments, &self.populated, &self.lost);
-        let held = self.blocks.count() + self.lost.len() as u64;
+        let held = self.blocks.count() + self.set_aside();
         check(
             "the blocks of the lease",
             self.leased_blocks * BLOCK_SIZE,
             held * BLOCK_SIZE,
         )?;
-        let sum = totals.scrubbed + totals.never_populated + totals.quarantined;
-        check("the sum of all parts", receipt.bytes_total, sum)?;
+        let parts = totals.scrubbed + totals.never_populated + totals.quarantined;
+        check("the sum of all parts", receipt.bytes_total, parts)?;
         if receipt.verify.is_complete() {
             let read = receipt.bytes_verified + self.failed_bytes;
-            check("what was read back", populated, read)?;
-            receipt.bytes_verified = totals.scrubbed;
-        } else {
-            receipt.bytes_verified = receipt.bytes_verified.min(totals.scrubbed);
+            let to_read = self.to_read.as_deref().map_or(populated, sum);
+            check("what was read back", to_read, read)?;
         }
+        Ok(())
+    }
+
+    /// Fills in the receipt's totals.
+    pub(super) fn close_receipt(&mut self) {
+        let totals = totals(&self.segments, &self.populated, &self.lost);
+        let receipt = &mut self.receipt;
+        receipt.bytes_verified = if receipt.verify.is_complete() {
+            totals.scrubbed
+        } else {
+            receipt.bytes_verified.min(totals.scrubbed)
+        };
         if let Verify::Sampled { .. } = receipt.verify {
             receipt.sample_seed = Some(self.seed);
         }
@@ -420,8 +487,11 @@ impl Steps<Verified> {
             (0, Verify::Sampled { .. }) => Outcome::Sampled,
             (0, Verify::Full | Verify::Memory) => Outcome::Proven,
         };
-        Ok(())
     }
+}
+
+fn sum(ranges: &[Range<usize>]) -> u64 {
+    ranges.iter().map(|range| range.len() as u64).sum()
 }
 
 fn nanos(duration: Duration) -> u64 {

@@ -6,7 +6,8 @@
 //! Lease --revoke--> DirtyMemory --scrub--> ScrubbedMemory --verify--> VerifiedMemory --recycle--> ScrubReceipt
 //! ```
 //!
-//! [`Lease::teardown`] takes all of them, with zeroing and reading back fused. Whoever stops half-way, by dropping one of
+//! [`Lease::teardown`] takes all of them, with zeroing and reading back fused. The memory of a shareable lease takes the same
+//! ones; it is sealed before it is read back, and goes back to the kernel in the last step. Whoever stops half-way, by dropping one of
 //! these values or by a panic, leaves the blocks in quarantine.
 //!
 //! ```
@@ -114,6 +115,10 @@ impl DirtyMemory {
     /// Zeroes and reads back piece by piece, while each piece is in the cache: the same as [`scrub`](Self::scrub) and
     /// [`verify`](ScrubbedMemory::verify), and faster.
     pub fn scrub_and_verify(self) -> VerifiedMemory {
+        if self.steps.file.is_some() {
+            // Shared memory is sealed in between.
+            return self.scrub().verify();
+        }
         let mut steps = self.steps;
         steps.find_populated();
         let job = steps.job(Work::ZeroAndRead);
@@ -126,8 +131,15 @@ impl DirtyMemory {
 
 impl ScrubbedMemory {
     /// Reads back as much as the pool's policy says. What is not zero is scrubbed once more, then quarantined.
+    ///
+    /// The memory of a shareable lease is sealed first, and read through a new mapping that is read-only; what is not zero
+    /// then stays so.
     pub fn verify(self) -> VerifiedMemory {
         let mut steps = self.steps;
+        if steps.file.is_some() {
+            let steps = steps.verified_sealed();
+            return VerifiedMemory { steps };
+        }
         let job = steps.job(Work::Read);
         let (_, verdict) = steps.run(&job);
         VerifiedMemory {

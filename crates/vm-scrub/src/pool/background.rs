@@ -10,8 +10,9 @@ use crate::sys::numa::Numbers;
 use crate::sys::thread as native;
 use std::fmt::Debug;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
 
 /// How urgent background scrubbing is, among what waits in the same pool.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
@@ -50,13 +51,40 @@ pub(crate) trait Chore: Debug + Send + Sync {
     fn wait(&self);
 }
 
-#[derive(Debug)]
+/// Something to look after again from time to time.
+pub(crate) trait Errand: Send + Sync {
+    /// Does what can be done now; `allow`, asked with the length in bytes of each piece before it is begun, may say no. How
+    /// long until the next time, if there is to be one.
+    fn run(&self, allow: &mut dyn FnMut(usize) -> bool) -> Option<Duration>;
+
+    /// Whether somebody else wants to do it now, without waiting for the throttle.
+    fn is_wanted(&self) -> bool;
+}
+
+/// What the thread is to do next.
+enum Task {
+    Chore(Arc<dyn Chore>),
+    Errand,
+}
+
 struct Queue {
     /// In the order of arrival.
     chores: Mutex<Vec<Arc<dyn Chore>>>,
     changed: Condvar,
     stop: AtomicBool,
     throttle: Throttle,
+    /// When to look after the errand. Locked after the chores, or alone.
+    due: Mutex<Option<Instant>>,
+    errand: OnceLock<Weak<dyn Errand>>,
+}
+
+impl std::fmt::Debug for Queue {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Queue")
+            .field("chores", &self.chores)
+            .field("due", &self.due)
+            .finish_non_exhaustive()
+    }
 }
 
 /// The queue of a pool and the thread that works on it.
@@ -87,8 +115,49 @@ impl Queue {
         best.cloned()
     }
 
+    fn due(&self) -> MutexGuard<'_, Option<Instant>> {
+        // Changed by single assignments only.
+        self.due.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Sees to it that the errand is looked after in so long at the latest.
+    fn look_again(&self, after: Duration) {
+        let at = Instant::now() + after;
+        // Under the lock, so that the thread cannot miss it between looking and waiting.
+        let _chores = self.chores();
+        let mut due = self.due();
+        *due = Some(due.map_or(at, |due| due.min(at)));
+        self.changed.notify_one();
+    }
+
+    fn look_after_errand(&self) {
+        let Some(errand) = self.errand.get().and_then(Weak::upgrade) else {
+            return;
+        };
+        let stop = || {
+            self.stop.load(Ordering::Relaxed)
+                // Nobody else has the pool any more: this must not keep it.
+                || Arc::strong_count(&errand) == 1
+                || errand.is_wanted()
+                || self.chores().iter().any(|chore| chore.has_work())
+        };
+        let run = || errand.run(&mut |bytes| self.throttle.allow(bytes, stop));
+        match std::panic::catch_unwind(std::panic::AssertUnwindSafe(run)) {
+            Ok(Some(after)) => self.look_again(after),
+            Ok(None) => {}
+            Err(_) => log::error!("trying shared memory again panicked; it stays in quarantine"),
+        }
+    }
+
     fn run(&self) {
-        while let Some(chore) = self.next() {
+        while let Some(task) = self.next() {
+            let chore = match task {
+                Task::Chore(chore) => chore,
+                Task::Errand => {
+                    self.look_after_errand();
+                    continue;
+                }
+            };
             let outranked = || {
                 let mine = chore.priority();
                 self.chores()
@@ -108,19 +177,30 @@ impl Queue {
     }
 
     /// Waits for something to do; `None` when it is time to stop.
-    fn next(&self) -> Option<Arc<dyn Chore>> {
+    fn next(&self) -> Option<Task> {
         let mut chores = self.chores();
         loop {
             if self.stop.load(Ordering::Relaxed) {
                 return None;
             }
             if let Some(chore) = Self::most_urgent(&mut chores, |chore| chore.has_work()) {
-                return Some(chore);
+                return Some(Task::Chore(chore));
             }
-            chores = self
-                .changed
-                .wait(chores)
-                .unwrap_or_else(PoisonError::into_inner);
+            let due = *self.due();
+            chores = match due.map(|at| at.saturating_duration_since(Instant::now())) {
+                None => self
+                    .changed
+                    .wait(chores)
+                    .unwrap_or_else(PoisonError::into_inner),
+                Some(Duration::ZERO) => {
+                    *self.due() = None;
+                    return Some(Task::Errand);
+                }
+                Some(left) => {
+                    let waited = self.changed.wait_timeout(chores, left);
+                    waited.unwrap_or_else(PoisonError::into_inner).0
+                }
+            };
         }
     }
 }
@@ -133,6 +213,8 @@ impl Background {
             changed: Condvar::new(),
             stop: AtomicBool::new(false),
             throttle,
+            due: Mutex::new(None),
+            errand: OnceLock::new(),
         });
         let worker = Arc::clone(&queue);
         let thread = thread::Builder::new()
@@ -157,6 +239,17 @@ impl Background {
     /// The pace of the background thread.
     pub(crate) fn throttle(&self) -> &Throttle {
         &self.queue.throttle
+    }
+
+    /// Says what is to be looked after from time to time; once.
+    pub(crate) fn entrust(&self, errand: Weak<dyn Errand>) {
+        // The second of two would be lost, and there is one for each pool.
+        let _ = self.queue.errand.set(errand);
+    }
+
+    /// Sees to it that the errand is looked after in so long at the latest.
+    pub(crate) fn look_again(&self, after: Duration) {
+        self.queue.look_again(after);
     }
 
     /// Hands a chore in.

@@ -9,12 +9,13 @@
 //! Taken --granted--> Leased --Revoked--> Dirty --Zeroed--> Scrubbed --Verdict--> Verified --> the clean set
 //!   \--> the clean set   \                  \                 \                     \
 //!                         `------------------`-----------------`---------------------`--> quarantine
+//!                          `-- of shareable leases: Withheld --Refilled--> the clean set
 //! ```
 
 use super::extents::Extent;
 use super::ledger::{Account, Accounts, Ledger};
 use crate::BLOCK_SIZE;
-use crate::backing::Revoked;
+use crate::backing::{Refilled, Revoked};
 use crate::scrub::{Verdict, Zeroed};
 use std::marker::PhantomData;
 use std::sync::Arc;
@@ -49,6 +50,9 @@ states! {
     Scrubbed: Dirty,
     /// Every byte that was written was read back as zero, or the policy says not to.
     Verified: Dirty,
+    /// In quarantine, and may be replaced by fresh memory: what a shareable lease took them for has not yet gone back to the
+    /// kernel, or the kernel has nothing to put in its place.
+    Withheld: Quarantined,
 }
 
 /// Blocks in state `S`, owned. Quarantined when dropped.
@@ -85,6 +89,11 @@ impl<S: State> Blocks<S> {
     /// Quarantines everything.
     pub(crate) fn quarantine(self) {
         drop(self.shift(Account::Quarantined));
+    }
+
+    /// Quarantines everything, with a way back: see [`Blocks::replaced`].
+    pub(crate) fn withhold(self) -> Blocks<Withheld> {
+        self.into_state()
     }
 
     /// How many blocks are held.
@@ -160,13 +169,18 @@ impl Blocks<Dirty> {
 }
 
 impl Blocks<Scrubbed> {
-    /// The zeros were read back. Blocks in which something else was found are quarantined.
-    pub(crate) fn verified(mut self, verdict: &Verdict) -> Blocks<Verified> {
+    /// The zeros were read back. Blocks in which something else was found are quarantined; `in_books` finds them by the number
+    /// of the block in the memory that was read.
+    pub(crate) fn verified(
+        mut self,
+        verdict: &Verdict,
+        in_books: impl Fn(u64) -> u64,
+    ) -> Blocks<Verified> {
         self.quarantine_blocks(
             verdict
                 .failures()
                 .iter()
-                .map(|failure| failure.offset as u64 / BLOCK_SIZE),
+                .map(|failure| in_books(failure.offset as u64 / BLOCK_SIZE)),
         );
         self.into_state()
     }
@@ -179,9 +193,25 @@ impl Blocks<Verified> {
     }
 }
 
+impl Blocks<Withheld> {
+    /// No blocks at all.
+    pub(crate) fn none(ledger: &Arc<Ledger>) -> Self {
+        Self {
+            ledger: Arc::clone(ledger),
+            extents: Vec::new(),
+            state: PhantomData,
+        }
+    }
+
+    /// Fresh memory is behind the blocks, one proof for each extent, and what was there before cannot be leased by anybody.
+    pub(crate) fn replaced(mut self, _proofs: Vec<Refilled>) {
+        self.ledger.replace(&std::mem::take(&mut self.extents));
+    }
+}
+
 impl<S: State> Drop for Blocks<S> {
     fn drop(&mut self) {
-        if self.extents.is_empty() {
+        if self.extents.is_empty() || S::ACCOUNT == Account::Quarantined {
             return;
         }
         log::error!(

@@ -4,6 +4,7 @@ use super::background::Background;
 use super::node;
 use super::supply::Supply;
 use super::throttle::{Clock, SystemClock, Throttle};
+use super::withheld::WithheldSet;
 use super::{
     Ledger, MOST_BLOCKS, OnProgress, PageSize, Pool, PoolError, Progress, ScrubRate, Shared,
 };
@@ -11,7 +12,7 @@ use crate::BLOCK_SIZE;
 use crate::backing::{BLOCK, NotPrepared, RevokeBy, WindowSpace};
 use crate::scrub::{Engine, Policy, Workers};
 use crate::sys::map;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 /// How much address space, in bytes, windows of guests that are gone keep by default: 1 TiB of the 128 TiB that a process
@@ -287,19 +288,22 @@ impl PoolBuilder {
             },
             backing.revocation()
         );
-        Ok(Pool {
-            shared: Arc::new(Shared {
-                background,
-                backing,
-                ledger: Arc::new(Ledger::new(capacity / BLOCK_SIZE)),
-                windows: WindowSpace::new(usize::try_from(self.kept_windows).unwrap_or(usize::MAX)),
-                engine,
-                page_size: self.page_size,
-                numa_node: self.numa_node,
-                verify: self.policy.verify,
-                retain: self.policy.retain,
-                on_progress: self.on_progress,
-            }),
-        })
+        let shared = Arc::new(Shared {
+            background,
+            backing,
+            ledger: Arc::new(Ledger::new(capacity / BLOCK_SIZE)),
+            withheld: WithheldSet::default(),
+            windows: WindowSpace::new(usize::try_from(self.kept_windows).unwrap_or(usize::MAX)),
+            engine,
+            page_size: self.page_size,
+            numa_node: self.numa_node,
+            populate: supply.is_populated(),
+            verify: self.policy.verify,
+            retain: self.policy.retain,
+            on_progress: self.on_progress,
+        });
+        let errand: Weak<Shared> = Arc::downgrade(&shared);
+        shared.background.entrust(errand);
+        Ok(Pool { shared })
     }
 }

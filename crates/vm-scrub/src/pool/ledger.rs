@@ -23,7 +23,7 @@ pub(crate) enum Account {
 }
 
 impl Account {
-    /// Whether a block may go from this state to `next`. Nothing leaves quarantine, and nothing dirty becomes leased.
+    /// Whether a block may go from this state to `next`. No memory leaves quarantine (it can only be replaced by other memory), and nothing dirty becomes leased.
     pub(crate) fn may_become(self, next: Account) -> bool {
         use Account::{Clean, Dirty, Leased, Quarantined};
         matches!(
@@ -45,7 +45,8 @@ pub struct Accounts {
     pub leased: u64,
     /// Bytes that are being scrubbed.
     pub dirty: u64,
-    /// Bytes that are never going to be leased again.
+    /// Bytes that are never going to be leased again. Those that [`Pool::withheld`](super::Pool::withheld) lists may come
+    /// back as other memory.
     pub quarantined: u64,
 }
 
@@ -97,6 +98,14 @@ impl Books {
             return Err(Refused);
         }
         Ok(())
+    }
+
+    /// What was quarantined is gone, and there is fresh memory behind the blocks.
+    fn replace(&mut self, extent: Extent) -> Result<(), Refused> {
+        self.set(Account::Quarantined)
+            .remove(extent)
+            .map_err(|_| Refused)?;
+        self.set(Account::Clean).insert(extent).map_err(|_| Refused)
     }
 
     fn accounts(&self) -> Accounts {
@@ -155,6 +164,19 @@ impl Ledger {
         }
     }
 
+    /// Makes quarantined blocks clean because other memory is behind them now.
+    ///
+    /// If the books refuse that, it is a bug in this crate; the blocks then do not become clean.
+    pub(crate) fn replace(&self, extents: &[Extent]) {
+        let mut books = self.books();
+        for extent in extents {
+            if books.replace(*extent).is_err() {
+                log::error!("books refuse to replace {extent:?}, which is not in quarantine");
+                debug_assert!(false, "books refuse to replace {extent:?}");
+            }
+        }
+    }
+
     /// How many bytes are in which state.
     pub(crate) fn accounts(&self) -> Accounts {
         self.books().accounts()
@@ -195,6 +217,7 @@ mod tests {
     enum Step {
         Take(u64),
         Shift(Extent, usize, usize),
+        Replace(Extent),
     }
 
     fn step() -> impl Strategy<Value = Step> {
@@ -204,6 +227,7 @@ mod tests {
         });
         prop_oneof![
             (1..12_u64).prop_map(Step::Take),
+            extent.clone().prop_map(Step::Replace),
             (extent, 0..4_usize, 0..4_usize)
                 .prop_map(|(extent, from, to)| Step::Shift(extent, from, to)),
         ]
@@ -236,6 +260,14 @@ mod tests {
                         prop_assert_eq!(books.shift(extent, ALL[from], ALL[to]).is_ok(), allowed);
                         if allowed {
                             model[range].fill(ALL[to]);
+                        }
+                    }
+                    Step::Replace(extent) => {
+                        let range = extent.first as usize..extent.end() as usize;
+                        let allowed = model[range.clone()].iter().all(|state| *state == Account::Quarantined);
+                        prop_assert_eq!(books.replace(extent).is_ok(), allowed);
+                        if allowed {
+                            model[range].fill(Account::Clean);
                         }
                     }
                 }

@@ -10,6 +10,9 @@
 //! | dirty | no guest window, memslot or lease refers to it | the scrubber | zeroing, then verification |
 //! | quarantined | unknown content, or a writer that may still be there | nobody | nothing |
 //!
+//! A block that a shareable lease took stands for so many bytes of a file, while its own memory is lent to the kernel. In
+//! quarantine it is the file that stays there; when the kernel has got that after all, the block is clean, with fresh memory.
+//!
 //! State changes happen under one lock, in `ledger`; memory is never touched while it is held.
 
 mod background;
@@ -18,11 +21,13 @@ mod builder;
 mod error;
 mod extents;
 mod ledger;
+mod lending;
 mod node;
 mod page_size;
 mod progress;
 mod supply;
 mod throttle;
+mod withheld;
 
 pub use background::Priority;
 pub(crate) use background::{Background, Chore};
@@ -33,9 +38,12 @@ use extents::MOST_BLOCKS;
 pub(crate) use extents::deal;
 pub use ledger::Accounts;
 pub(crate) use ledger::Ledger;
+pub(crate) use lending::OwnedFile;
 pub use page_size::{PageSize, UnknownPageSize};
 pub use progress::{LeaseId, Progress};
 pub use throttle::{Clock, ScrubRate};
+pub use withheld::Withheld;
+pub(crate) use withheld::{Remains, still_shared};
 
 use crate::backing::{Backing, Revocation, WindowSpace};
 use crate::scrub::{Engine, Verify, Watch};
@@ -60,10 +68,14 @@ pub(crate) struct Shared {
     pub(crate) background: Background,
     pub(crate) backing: Box<dyn Backing>,
     pub(crate) ledger: Arc<Ledger>,
+    /// Shared memory that other processes have not let go of.
+    pub(crate) withheld: withheld::WithheldSet,
     pub(crate) windows: WindowSpace,
     pub(crate) engine: Engine,
     pub(crate) page_size: PageSize,
-    numa_node: Option<u32>,
+    pub(crate) numa_node: Option<u32>,
+    /// Whether memory is supplied by the kernel before a guest needs it.
+    pub(crate) populate: bool,
     pub(crate) verify: Verify,
     /// Bytes of each lease that may stay populated when it has been scrubbed.
     pub(crate) retain: u64,

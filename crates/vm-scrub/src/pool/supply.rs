@@ -21,7 +21,7 @@ pub(super) struct Supply {
 impl Supply {
     /// Whether the kernel supplies all memory when the pool is built: because it was asked to, or because hugetlb pages of one
     /// node are promised by nothing else.
-    fn is_populated(&self) -> bool {
+    pub(super) fn is_populated(&self) -> bool {
         self.populate || self.needs_pages_of_node().is_some()
     }
 

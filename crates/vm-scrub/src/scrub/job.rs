@@ -88,8 +88,8 @@ impl Job {
     /// A job over `batches`, which are relative to the pass's base.
     ///
     /// # Safety
-    /// Until the job is settled or dropped the ranges must be disjoint, mapped readable and writable, and nobody else may
-    /// access them.
+    /// Until the job is settled or dropped the ranges must be disjoint, mapped readable and (but for
+    /// [`Work::ReadSealed`]) writable, and nobody else may write to them, nor read what is zeroed.
     pub(crate) unsafe fn new(pass: Pass, work: Work, batches: Batches) -> Self {
         Self {
             pass,
@@ -191,7 +191,7 @@ impl Job {
         };
         for piece in suspects {
             // SAFETY: the job's pieces are still nobody else's, and no other thread works on them once it is done.
-            match unsafe { self.pass.retry(&piece) } {
+            match unsafe { self.pass.retry(self.work, &piece) } {
                 Ok(bytes) => verdict.bytes += bytes,
                 Err(offset) => {
                     verdict.failed_bytes += piece.len() as u64;

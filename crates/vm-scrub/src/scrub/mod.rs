@@ -22,7 +22,7 @@ pub(crate) use job::{Job, Verdict, Watch, Zeroed};
 #[cfg(any(test, feature = "test-support"))]
 pub use pass::Sabotage;
 pub(crate) use pass::{HostPtr, Work};
-pub(crate) use plan::{beyond, intersections, pieces, push_joined};
+pub(crate) use plan::{beyond, intersections, pieces, push_joined, union};
 pub use policy::{Policy, Verify};
 pub(crate) use residency::{Residency, get_ready, pagemap};
 pub(crate) use sample::fresh_seed;

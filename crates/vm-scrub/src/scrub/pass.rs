@@ -42,7 +42,16 @@ pub enum Sabotage {
 pub(crate) enum Work {
     Zero,
     Read,
+    /// Read memory that cannot be written to: what is not zero has no second chance.
+    ReadSealed,
     ZeroAndRead,
+}
+
+impl Work {
+    /// Whether zeros are written.
+    pub(crate) fn zeroes(self) -> bool {
+        matches!(self, Work::Zero | Work::ZeroAndRead)
+    }
 }
 
 /// How pieces are treated.
@@ -120,7 +129,7 @@ impl Pass {
     /// Does `work` on `pieces` and counts it in `tally`.
     ///
     /// # Safety
-    /// The pieces must be readable and writable, and nobody else may access them meanwhile.
+    /// The pieces must be readable and, but for [`Work::ReadSealed`], writable, and nobody else may access them meanwhile.
     pub(crate) unsafe fn run(
         &self,
         work: Work,
@@ -133,7 +142,7 @@ impl Pass {
         let begun = Instant::now();
         let (mut zeroed, mut read, mut suspects) = (0, 0, Vec::new());
         let mut count = |piece: Range<usize>, outcome| {
-            if work != Work::Read {
+            if work.zeroes() {
                 zeroed += piece.len() as u64;
             }
             match outcome {
@@ -177,7 +186,7 @@ impl Pass {
             piece.clone()
         };
         let begun = Instant::now();
-        if work != Work::Read && !self.skips(piece) {
+        if work.zeroes() && !self.skips(piece) {
             // SAFETY: passed on to the caller.
             unsafe { self.zero(&head) };
         }
@@ -213,7 +222,7 @@ impl Pass {
         piece: &Range<usize>,
         part: &Range<usize>,
     ) -> Result<u64, usize> {
-        let zeroes = work != Work::Read && !self.skips(piece);
+        let zeroes = work.zeroes() && !self.skips(piece);
         // SAFETY: passed on to the caller.
         unsafe {
             if zeroes && self.takes_turns(work) {
@@ -228,18 +237,18 @@ impl Pass {
             }
             match work {
                 Work::Zero => Ok(0),
-                Work::Read | Work::ZeroAndRead => self.read_back(part),
+                Work::Read | Work::ReadSealed | Work::ZeroAndRead => self.read_back(part),
             }
         }
     }
 
-    /// Scrubs a suspect piece once more. `Ok` is the number of bytes that were read and are zero, `Err` the offset of the
-    /// first one that still is not.
+    /// Scrubs a suspect piece once more, where that is possible. `Ok` is the number of bytes that were read and are zero,
+    /// `Err` the offset of the first one that still is not.
     ///
     /// # Safety
     /// As for [`Pass::run`].
-    pub(crate) unsafe fn retry(&self, piece: &Range<usize>) -> Result<u64, usize> {
-        if !self.skips(piece) {
+    pub(crate) unsafe fn retry(&self, work: Work, piece: &Range<usize>) -> Result<u64, usize> {
+        if work != Work::ReadSealed && !self.skips(piece) {
             // SAFETY: passed on to the caller.
             unsafe { self.zero(piece) };
         }

@@ -31,6 +31,20 @@ pub(crate) fn push_joined(ranges: &mut Vec<Range<usize>>, range: Range<usize>) {
     }
 }
 
+/// The bytes that are in one of two sets of ascending, disjoint ranges, or in both.
+pub(crate) fn union(one: &[Range<usize>], other: &[Range<usize>]) -> Vec<Range<usize>> {
+    let mut all = [one, other].concat();
+    all.sort_by_key(|range| range.start);
+    let mut joined: Vec<Range<usize>> = Vec::with_capacity(all.len());
+    for range in all {
+        match joined.last_mut() {
+            Some(last) if range.start <= last.end => last.end = last.end.max(range.end),
+            _ => joined.push(range),
+        }
+    }
+    joined
+}
+
 /// What is left of ascending `ranges` behind their first `keep` bytes, from the next page border on.
 pub(crate) fn beyond(ranges: &[Range<usize>], keep: u64) -> Vec<Range<usize>> {
     const PAGE: usize = 4096;
@@ -118,6 +132,15 @@ mod tests {
             prop_assert!(total - left >= (keep as usize * 1000).min(total), "more was given back than allowed");
             prop_assert!(left + keep as usize * 1000 + 4096 > total || left == total, "too little was given back");
             prop_assert!(rest.iter().all(|range| range.start % 4096 == 0 && !range.is_empty()));
+        }
+
+        #[test]
+        fn a_union_has_each_byte_of_both_once(one in ranges(), other in ranges()) {
+            let joined = union(&one, &other);
+            prop_assert!(joined.windows(2).all(|pair| pair[0].end < pair[1].start));
+            let bytes: Vec<usize> = joined.into_iter().flatten().collect();
+            let both: std::collections::BTreeSet<usize> = one.into_iter().chain(other).flatten().collect();
+            prop_assert_eq!(bytes, both.into_iter().collect::<Vec<_>>());
         }
 
         #[test]

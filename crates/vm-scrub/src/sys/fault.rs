@@ -18,16 +18,23 @@ pub enum Call {
     Mremap,
     /// `mprotect(2)`.
     Mprotect,
-    /// `madvise(2)` with advice that changes how a range is treated (`DONTFORK`, `DONTDUMP`, `UNMERGEABLE`, huge pages).
+    /// `madvise(2)` with advice that changes how a range is treated (`DONTFORK`, `DONTDUMP`, `UNMERGEABLE`, huge pages), or that
+    /// discards it (`DONTNEED`, `REMOVE`).
     Madvise,
     /// `madvise(2)` with `MADV_POPULATE_WRITE`.
     Populate,
     /// `futex(2)` with `FUTEX_WAKE_OP`, which populates one page where `MADV_POPULATE_WRITE` is missing.
     Touch,
+    /// `madvise(2)` with `MADV_POPULATE_READ`.
+    PopulateRead,
     /// `memfd_create(2)`.
     MemfdCreate,
     /// `ftruncate(2)`.
     Ftruncate,
+    /// `fcntl(2)` `F_ADD_SEALS`.
+    AddSeals,
+    /// `lseek(2)` with `SEEK_DATA` or `SEEK_HOLE`.
+    SeekData,
     /// `open(2)` of `/proc/self/pagemap`.
     PagemapOpen,
     /// `ioctl(2)` `PAGEMAP_SCAN` on `/proc/self/pagemap`.
@@ -78,8 +85,11 @@ impl Call {
         Call::Madvise,
         Call::Populate,
         Call::Touch,
+        Call::PopulateRead,
         Call::MemfdCreate,
         Call::Ftruncate,
+        Call::AddSeals,
+        Call::SeekData,
         Call::PagemapOpen,
         Call::PagemapScan,
         Call::PagemapRead,
@@ -111,8 +121,11 @@ impl Call {
             Call::Madvise => "madvise",
             Call::Populate => "madvise(MADV_POPULATE_WRITE)",
             Call::Touch => "futex(FUTEX_WAKE_OP)",
+            Call::PopulateRead => "madvise(MADV_POPULATE_READ)",
             Call::MemfdCreate => "memfd_create",
             Call::Ftruncate => "ftruncate",
+            Call::AddSeals => "fcntl(F_ADD_SEALS)",
+            Call::SeekData => "lseek(SEEK_DATA)",
             Call::PagemapOpen => "open(/proc/self/pagemap)",
             Call::PagemapScan => "ioctl(PAGEMAP_SCAN)",
             Call::PagemapRead => "pread(/proc/self/pagemap)",

@@ -26,6 +26,8 @@ pub(crate) enum Advice {
     NoHugePage,
     /// What the range contains goes back to the kernel: private anonymous memory is empty afterwards.
     Discard,
+    /// What a range of a file contains goes back to the kernel, for all who have mapped it.
+    Remove,
     /// Guard pages, at which every access faults, become ordinary empty pages (Linux 6.13).
     RemoveGuards,
 }
@@ -43,6 +45,7 @@ impl Advice {
             Advice::HugePage => libc::MADV_HUGEPAGE,
             Advice::NoHugePage => libc::MADV_NOHUGEPAGE,
             Advice::Discard => libc::MADV_DONTNEED,
+            Advice::Remove => libc::MADV_REMOVE,
             Advice::RemoveGuards => MADV_GUARD_REMOVE,
         }
     }
@@ -129,6 +132,32 @@ pub(crate) unsafe fn map_shared(
     file: BorrowedFd<'_>,
     offset: u64,
 ) -> Result<()> {
+    let protection = libc::PROT_READ | libc::PROT_WRITE;
+    // SAFETY: passed on to the caller.
+    unsafe { map_file(address, len, protection, file, offset) }
+}
+
+/// The same, only readable.
+///
+/// # Safety
+/// As for [`map_shared`].
+pub(crate) unsafe fn map_shared_readable(
+    address: *mut u8,
+    len: usize,
+    file: BorrowedFd<'_>,
+    offset: u64,
+) -> Result<()> {
+    // SAFETY: passed on to the caller.
+    unsafe { map_file(address, len, libc::PROT_READ, file, offset) }
+}
+
+unsafe fn map_file(
+    address: *mut u8,
+    len: usize,
+    protection: libc::c_int,
+    file: BorrowedFd<'_>,
+    offset: u64,
+) -> Result<()> {
     fault::check(Call::Mmap)?;
     let offset = libc::off_t::try_from(offset).map_err(|_| Error {
         call: Call::Mmap,
@@ -139,7 +168,7 @@ pub(crate) unsafe fn map_shared(
         libc::mmap(
             address.cast(),
             len,
-            libc::PROT_READ | libc::PROT_WRITE,
+            protection,
             libc::MAP_SHARED | libc::MAP_FIXED,
             file.as_raw_fd(),
             offset,
@@ -276,11 +305,26 @@ pub(crate) unsafe fn populate(address: *mut u8, len: usize) -> Result<()> {
 /// # Safety
 /// The range must belong to the caller.
 unsafe fn populate_at_once(address: *mut u8, len: usize) -> Result<()> {
-    fault::check(Call::Populate)?;
+    // SAFETY: passed on to the caller.
+    unsafe { fault_in(Call::Populate, address, len, libc::MADV_POPULATE_WRITE) }
+}
+
+/// Faults in every page of `[address, address + len)` for reading (`MADV_POPULATE_READ`, Linux 5.14; `EINVAL` before).
+///
+/// # Safety
+/// The range must be mapped readable and belong to the caller.
+pub(crate) unsafe fn populate_readable(address: *mut u8, len: usize) -> Result<()> {
+    // SAFETY: passed on to the caller.
+    unsafe { fault_in(Call::PopulateRead, address, len, libc::MADV_POPULATE_READ) }
+}
+
+/// # Safety
+/// The range must belong to the caller.
+unsafe fn fault_in(call: Call, address: *mut u8, len: usize, advice: libc::c_int) -> Result<()> {
+    fault::check(call)?;
     loop {
         // SAFETY: the caller owns the range; populating does not change what the memory contains.
-        let status = unsafe { libc::madvise(address.cast(), len, libc::MADV_POPULATE_WRITE) };
-        match done(Call::Populate, status) {
+        match done(call, unsafe { libc::madvise(address.cast(), len, advice) }) {
             // A signal arrived: what is populated stays so, and going over it again is cheap.
             Err(error) if error.errno() == Some(libc::EINTR) => {}
             result => return result,

@@ -8,6 +8,7 @@ pub(crate) mod fault;
 pub(crate) mod fork;
 pub(crate) mod hugetlb;
 pub(crate) mod map;
+pub(crate) mod memfd;
 pub(crate) mod numa;
 pub(crate) mod pagemap;
 pub(crate) mod procmap;

@@ -1,6 +1,7 @@
 //! NUMA nodes: which ones there are, which processors they have, and keeping memory on one.
 //!
-//! Nothing here is called unless a pool is asked to live on a node, and then only while that pool is built.
+//! Nothing here is called unless a pool is asked to live on a node, and then only while that pool is built or memory
+//! is leased from it that is to be shared with other processes.
 
 use super::{Call, Error, Result, fault};
 use std::collections::BTreeSet;

@@ -1,0 +1,297 @@
+//! Memory that is shared with other processes: a file whose descriptor goes out, made for one lease and never used again.
+//!
+//! The other processes can do with the descriptor what they like, so nothing about them is taken on trust: only when the
+//! kernel has sealed the file against writing, which it refuses while any mapping or pin is left that could write, does what is
+//! read from it prove anything. The file does not change its size, so nobody loses memory under their feet, except to a
+//! process that punches holes into it.
+
+use super::{
+    Backing, NotGranted, NotPrepared, Revocation, RevokeBy, Revoked, Window, WindowSpace,
+    keep_private,
+};
+use crate::scrub::{HostPtr, Residency, Workers};
+use crate::sys::memfd::{self, Pages};
+use crate::sys::{self, Call, map, numa};
+use std::fs::File;
+use std::ops::Range;
+use std::os::fd::AsFd;
+use std::sync::Arc;
+use std::time::Duration;
+
+/// What the view shows.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum View {
+    Nothing,
+    Writable,
+    ReadOnly,
+}
+
+/// Whether a file was not sealed because somebody can still write to it.
+pub(crate) fn is_still_shared(error: &sys::Error) -> bool {
+    error.call == Call::AddSeals && error.errno() == Some(libc::EBUSY)
+}
+
+/// A file that other processes may have, and this process's own view of it, through which it is scrubbed.
+#[derive(Debug)]
+pub(crate) struct SharedFile {
+    /// `None` only while it is dropped.
+    window: Option<Window>,
+    base: HostPtr,
+    view: View,
+    file: Arc<File>,
+    len: usize,
+    pages: Pages,
+    sealed: bool,
+}
+
+impl SharedFile {
+    /// Makes a file of `len` bytes (a multiple of 2 MiB), on NUMA `node` if one is given, and maps the view. Hugetlb pages are
+    /// reserved by that, or it fails.
+    pub(crate) fn map(len: usize, huge: bool, node: Option<u32>) -> sys::Result<Self> {
+        let pages = if huge { Pages::Huge2M } else { Pages::Base };
+        let file = memfd::shareable(len as u64, pages)?;
+        let window = WindowSpace::new(0).open(len)?;
+        let mut shared = Self {
+            base: window.start(),
+            window: Some(window),
+            view: View::Nothing,
+            file: Arc::new(file),
+            len,
+            pages,
+            sealed: false,
+        };
+        shared.open()?;
+        if let Some(node) = node {
+            // SAFETY: the view was mapped just now. Of shared memory the kernel remembers this with the file.
+            unsafe { numa::bind(shared.base.0, len, node) }?;
+        }
+        Ok(shared)
+    }
+
+    /// The file, to be given out.
+    pub(crate) fn file(&self) -> &Arc<File> {
+        &self.file
+    }
+
+    /// Its length in bytes.
+    pub(crate) fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Whether nobody can write to it any more.
+    pub(crate) fn is_sealed(&self) -> bool {
+        self.sealed
+    }
+
+    /// Maps the view: a fresh one, read-only, once the file is sealed.
+    pub(crate) fn open(&mut self) -> sys::Result<()> {
+        let wanted = if self.sealed {
+            View::ReadOnly
+        } else {
+            View::Writable
+        };
+        if self.view == wanted {
+            return Ok(());
+        }
+        // SAFETY: the window is ours, and nobody but the scrubber, which is not at work, knows where it is.
+        unsafe {
+            if self.sealed {
+                map::map_shared_readable(self.base.0, self.len, self.file.as_fd(), 0)?;
+            } else {
+                map::map_shared(self.base.0, self.len, self.file.as_fd(), 0)?;
+            }
+            self.view = wanted;
+            keep_private(self.base.0, self.len);
+        }
+        Ok(())
+    }
+
+    /// Unmaps the view.
+    fn close(&mut self) -> sys::Result<()> {
+        if self.view != View::Nothing {
+            // SAFETY: as in `open`.
+            unsafe { map::make_inaccessible(self.base.0, self.len) }?;
+            self.view = View::Nothing;
+        }
+        Ok(())
+    }
+
+    /// Unmaps the view and has the kernel refuse every write from now on. `Ok` is its word that no process has a mapping
+    /// that could be written to, and that no page is pinned. See [`is_still_shared`].
+    pub(crate) fn seal(&mut self) -> sys::Result<()> {
+        self.close()?;
+        memfd::seal_writing(&self.file)?;
+        self.sealed = true;
+        Ok(())
+    }
+
+    /// Where the file has pages, in ranges. A page that is swapped out is one; a hole has no content.
+    fn data(&self, range: Range<usize>) -> sys::Result<Residency> {
+        let end = range.end as u64;
+        let mut populated = Vec::new();
+        let mut at = range.start as u64;
+        while let Some(data) = memfd::seek_data(self.file.as_fd(), at)?
+            && data < end
+        {
+            // The end of the file is a hole, so there is one; if it is gone, the file ends at the data.
+            let hole = memfd::seek_hole(self.file.as_fd(), data)?.map_or(end, |hole| hole.min(end));
+            // No truncation: both lie in the file, whose length is a `usize`.
+            populated.push(data as usize..hole as usize);
+            at = hole;
+        }
+        let bytes: usize = populated.iter().map(Range::len).sum();
+        Ok(Residency {
+            populated,
+            never_populated: (range.len() - bytes) as u64,
+        })
+    }
+}
+
+impl Backing for SharedFile {
+    fn arena(&self) -> HostPtr {
+        self.base
+    }
+
+    fn revocation(&self) -> Revocation {
+        if self.sealed {
+            Revocation::Sealed
+        } else {
+            Revocation::ViewReplaced
+        }
+    }
+
+    fn prepare(&mut self, by: RevokeBy, _patience: Duration) -> Result<(), NotPrepared> {
+        match by {
+            RevokeBy::Automatic => Ok(()),
+            RevokeBy::Move | RevokeBy::Mremap => Err(NotPrepared::OtherKind),
+        }
+    }
+
+    unsafe fn grant(&self, offset: usize, window: *mut u8, len: usize) -> Result<(), NotGranted> {
+        // SAFETY: the caller says that the window is closed and of this length.
+        let granted = unsafe { map::map_shared(window, len, self.file.as_fd(), offset as u64) };
+        granted.map_err(|error| NotGranted {
+            error,
+            stuck: false,
+        })?;
+        // SAFETY: mapped just now.
+        unsafe { keep_private(window, len) };
+        Ok(())
+    }
+
+    unsafe fn revoke(
+        &self,
+        _offset: usize,
+        window: *mut u8,
+        len: usize,
+        _workers: &Workers,
+    ) -> sys::Result<Revoked> {
+        // SAFETY: the caller says that the window is this range's and that nobody holds references into it.
+        unsafe { map::make_inaccessible(window, len) }?;
+        Ok(Revoked::whole(Revocation::ViewReplaced))
+    }
+
+    /// Of hugetlb everything counts, because there is no way to ask. A page that another process has punched out of the file
+    /// is supplied again: touching it would raise `SIGBUS` if the host has no page left, asking for it is an error then.
+    fn residency(&self, range: Range<usize>) -> sys::Result<Residency> {
+        if self.pages == Pages::Base {
+            return self.data(range);
+        }
+        let supplied = if self.view == View::ReadOnly {
+            // SAFETY: the view is mapped readable over its whole length, and ours.
+            unsafe { map::populate_readable(self.base.at(range.start), range.len()) }
+        } else {
+            self.populate(range.clone())
+        };
+        match supplied {
+            // Before Linux 5.14 there is no such question.
+            Err(error) if error.errno() != Some(libc::EINVAL) => Err(error),
+            _ => Ok(Residency::all(range)),
+        }
+    }
+
+    /// The file goes back as a whole or not at all.
+    fn give_back(&self, _range: Range<usize>) -> sys::Result<u64> {
+        Ok(0)
+    }
+}
+
+impl Drop for SharedFile {
+    fn drop(&mut self) {
+        let closed = self.close();
+        if let (Err(error), Some(window)) = (closed, self.window.take()) {
+            log::warn!("a view of shared memory stays mapped: {error}");
+            window.leak();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::BLOCK;
+    use super::*;
+    use std::os::unix::fs::FileExt;
+
+    const PAGE: usize = 4096;
+
+    #[test]
+    fn pages_that_anybody_wrote_are_found_and_holes_are_not() {
+        let shared = SharedFile::map(2 * BLOCK, false, None).unwrap();
+        assert_eq!(
+            shared.residency(0..2 * BLOCK).unwrap(),
+            Residency {
+                populated: vec![],
+                never_populated: 2 * BLOCK as u64
+            }
+        );
+        // SAFETY: the view is mapped, writable and this test's own.
+        unsafe { shared.arena().at(3 * PAGE).write_volatile(1) };
+        shared.file().write_all_at(&[1], 600 * PAGE as u64).unwrap();
+        let last = 2 * BLOCK - PAGE;
+        shared.file().write_all_at(&[1], last as u64).unwrap();
+        let found = shared.residency(0..2 * BLOCK).unwrap();
+        let expected = [3 * PAGE, 600 * PAGE, last].map(|page| page..page + PAGE);
+        assert_eq!(found.populated, expected);
+        let part = shared.residency(PAGE..600 * PAGE).unwrap();
+        assert_eq!(part.populated, expected[..1]);
+        assert_eq!(part.never_populated as usize, 598 * PAGE);
+    }
+
+    #[test]
+    fn a_sealed_file_is_read_through_another_view() {
+        let mut shared = SharedFile::map(BLOCK, false, None).unwrap();
+        // SAFETY: the view is mapped, writable and this test's own.
+        unsafe { shared.arena().at(0).write_volatile(7) };
+        assert_eq!(shared.revocation(), Revocation::ViewReplaced);
+        shared.seal().unwrap();
+        assert_eq!(shared.revocation(), Revocation::Sealed);
+        // SAFETY: the view is ours. That populating fails is how one sees what it is without touching it.
+        assert!(unsafe { map::populate_readable(shared.base.0, BLOCK) }.is_err());
+        shared.open().unwrap();
+        // SAFETY: as above; then it is mapped readable.
+        unsafe {
+            assert!(map::populate(shared.base.0, BLOCK).is_err());
+            assert_eq!(shared.arena().at(0).read_volatile(), 7);
+        }
+    }
+
+    #[test]
+    fn a_second_view_keeps_it_from_being_sealed() {
+        let mut shared = SharedFile::map(BLOCK, false, None).unwrap();
+        let window = WindowSpace::new(0).open(BLOCK).unwrap();
+        // SAFETY: the window is closed, and then this test's own.
+        unsafe { shared.grant(0, window.start().0, BLOCK).unwrap() };
+        let refused = shared.seal().unwrap_err();
+        assert!(
+            is_still_shared(&refused) && !shared.is_sealed(),
+            "{refused}"
+        );
+        // SAFETY: as above.
+        unsafe {
+            shared
+                .revoke(0, window.start().0, BLOCK, &Workers::caller())
+                .unwrap()
+        };
+        shared.seal().unwrap();
+    }
+}
