@@ -10,8 +10,10 @@ pub mod kvm;
 pub mod logs;
 pub mod maps;
 pub mod numa;
+pub mod peer;
 pub mod pinned;
 pub mod pools;
+pub mod walk;
 
 pub use guest::{assert_all_zero, fill, first_nonzero, smear};
 pub use huge_pages::HugePages;

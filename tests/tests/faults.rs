@@ -4,26 +4,16 @@
 //! Faults belong to a thread, so the pools here scrub on the calling one. What the kernel cannot do is remembered by the
 //! whole process, so each walk runs in a child.
 
-use std::collections::HashSet;
 use vm_scrub::lease::LeaseError;
-use vm_scrub::test_support::{Call, FaultGuard, inject};
+use vm_scrub::test_support::{Call, FaultGuard};
 use vm_scrub::{BLOCK_SIZE, Lease, PageSize, Pool, PoolError};
 use vm_scrub_tests::child::{alone, with_huge_pages};
-use vm_scrub_tests::maps::{has_pagemap_scan, has_uffdio_move};
 use vm_scrub_tests::numa;
+use vm_scrub_tests::walk::walk_calls;
 use vm_scrub_tests::{
     assert_adds_up, assert_all_zero, assert_nothing_dirty_left, first_nonzero, pools, quiesce,
     regions, smear, teardown,
 };
-
-/// `EINVAL` comes last: as the answer to `PAGEMAP_SCAN` it means that the kernel has no such thing, for ever.
-const ERRNOS: [i32; 5] = [
-    libc::ENOMEM,
-    libc::EFAULT,
-    libc::EINTR,
-    libc::EAGAIN,
-    libc::EINVAL,
-];
 
 /// Blocks of each pool.
 const BLOCKS: u64 = 6;
@@ -48,39 +38,17 @@ fn close_views() -> usize {
         .count()
 }
 
-/// Calls `run` with every call, error, first occurrence and number of times; it says whether the fault was met at all.
-/// Those that are met must be the `expected` ones: a call that is new wants a look at what its failure does.
+/// As [`walk_calls`], in a process that has not more and more of its memory in windows that could not be closed.
 fn walk(expected: &[Call], mut run: impl FnMut(&dyn Fn() -> FaultGuard, Call, i32, bool) -> bool) {
-    let mut met = HashSet::new();
-    for errno in ERRNOS {
-        for call in Call::ALL.iter().copied() {
-            for times in [1, u32::MAX] {
-                // For good, two are enough: one that the code retries on somewhere, and one that it does not.
-                if times > 1 && ![libc::ENOMEM, libc::EINVAL].contains(&errno) {
-                    continue;
-                }
-                // The next occurrence, until there is none.
-                for skip in 0.. {
-                    let faults = || inject(call, skip, times, errno);
-                    let hit = run(&faults, call, errno, times == 1);
-                    let left = close_views();
-                    if !hit {
-                        assert_eq!(left, 0, "memory is left behind though nothing failed");
-                        break;
-                    }
-                    met.insert(call);
-                }
-            }
-        }
-    }
-    let expected = expected.iter().copied();
-    let here = |call: &Call| match call {
-        Call::PagemapScan => has_pagemap_scan(),
-        Call::UffdApi | Call::UffdRegister | Call::UffdMove | Call::Munlock => has_uffdio_move(),
-        _ => true,
-    };
-    let expected = expected.filter(here);
-    assert_eq!(met, expected.collect());
+    walk_calls(expected, |faults, call, errno, once| {
+        let hit = run(faults, call, errno, once);
+        let left = close_views();
+        assert!(
+            hit || left == 0,
+            "memory is left behind though nothing failed"
+        );
+        hit
+    });
 }
 
 fn built(page_size: PageSize, populate: bool) -> Result<Pool, PoolError> {
