@@ -61,7 +61,12 @@ fn a_large_guest_is_asked_about_in_parts_and_nothing_is_lost_between_them() {
 #[test]
 fn exactly_the_pages_that_were_written_are_scrubbed() {
     let pages = 8 * BLOCK_SIZE / PAGE;
-    let patterns: [Vec<u64>; 5] = [
+    // As many runs as the kernel is asked for at first, one more and one less, up to the last page.
+    let runs = |count| (0..count).map(|run| pages - 1 - 2 * run).collect();
+    let patterns: [Vec<u64>; 8] = [
+        runs(31),
+        runs(32),
+        runs(33),
         vec![],
         vec![0],
         vec![pages - 1],

@@ -30,8 +30,8 @@ const SIZES: [u64; 7] = [
     1 << 30,
 ];
 
-/// A share smaller than this, in bytes, says nothing: a few cache lines.
-const SMALLEST_SHARE: u64 = 256;
+/// The smallest share of a thread, in bytes: a page, because nobody hands less to a thread.
+const SMALLEST_SHARE: u64 = 4 << 10;
 
 pub(super) fn plans(settings: &Rc<Settings>) -> Vec<Plan> {
     let mut plans = Vec::new();
