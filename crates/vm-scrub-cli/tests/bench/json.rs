@@ -16,17 +16,22 @@ fn turnaround_prints_an_array_with_everybody_in_it() {
                 )
             })
             .collect();
-        let expected = [
-            ("vm-scrub", "full"),
-            ("vm-scrub", "none"),
+        let mut expected = vec![("vm-scrub", "full"), ("vm-scrub", "none")];
+        let ways: BTreeSet<_> = texts(&rows, "revocation");
+        if page_size == "4k" && ways.len() == 2 {
+            // Taken away with and without the proof that nothing is pinned.
+            expected.extend_from_within(..);
+        }
+        expected.extend([
             ("munmap-mmap-populate", "none"),
             ("dontneed-populate", "none"),
             ("punch-hole-populate", "none"),
             ("write-bytes", "none"),
             ("rayon-fill", "none"),
             ("zeroize", "none"),
-        ];
+        ]);
         assert_eq!(names, expected);
+        assert!(page_size == "4k" || ways.len() == 1, "{ways:?}");
         for row in &rows {
             assert_eq!(
                 (&row["benchmark"], &row["page_size"]),
@@ -83,7 +88,8 @@ fn loops_print_an_array_with_every_loop_and_one_choice() {
     assert_eq!(threads, [1, 2].into());
     for op in ["zero", "verify", "fused"] {
         for bytes in &sizes {
-            for threads in &threads {
+            // Nobody hands less than a page to a thread.
+            for threads in threads.iter().filter(|threads| bytes / *threads >= 4096) {
                 let same: Vec<_> = rows
                     .iter()
                     .filter(|row| {
