@@ -4,6 +4,7 @@
 //! into the library. Functions panic where a test would: they are for tests.
 
 pub mod child;
+pub mod documents;
 pub mod guest;
 pub mod huge_pages;
 pub mod kvm;
@@ -13,6 +14,7 @@ pub mod numa;
 pub mod peer;
 pub mod pinned;
 pub mod pools;
+pub mod seccomp;
 pub mod walk;
 
 pub use guest::{assert_all_zero, fill, first_nonzero, smear};

@@ -1,0 +1,107 @@
+//! Filters of system calls, as a VMM installs them once its pools are built.
+
+use std::ffi::c_ulong;
+use std::io;
+
+#[cfg(target_arch = "x86_64")]
+const AUDIT_ARCH: u32 = 0xc000_003e;
+#[cfg(target_arch = "aarch64")]
+const AUDIT_ARCH: u32 = 0xc000_00b7;
+
+/// Pairs the names of system calls with their numbers on this architecture.
+macro_rules! numbers {
+    ($($name:ident)+) => {
+        [$((stringify!($name).split_at("SYS_".len()).1, libc::$name)),+]
+    };
+}
+
+/// The number of a system call, by the name that manual pages have for it. `None` for one that nobody here has asked about, or that this
+/// architecture does not have.
+pub fn number(name: &str) -> Option<libc::c_long> {
+    let mut known = numbers![
+        SYS_brk SYS_clock_gettime SYS_clock_nanosleep SYS_clone SYS_clone3 SYS_close SYS_exit SYS_exit_group SYS_fcntl
+        SYS_ftruncate SYS_futex SYS_getpid SYS_getrandom SYS_gettid SYS_ioctl SYS_lseek SYS_madvise SYS_mbind
+        SYS_memfd_create SYS_mmap SYS_mprotect SYS_mremap SYS_munlock SYS_munmap SYS_nanosleep SYS_openat SYS_prctl
+        SYS_pread64 SYS_prlimit64 SYS_read SYS_restart_syscall SYS_rseq SYS_rt_sigprocmask SYS_rt_sigreturn
+        SYS_sched_getaffinity SYS_sched_setaffinity SYS_sched_yield SYS_set_robust_list SYS_setpriority SYS_sigaltstack SYS_statx
+        SYS_tgkill SYS_userfaultfd SYS_write
+    ]
+    .into_iter();
+    known
+        .find(|(known, _)| *known == name)
+        .map(|(_, number)| number)
+}
+
+/// From now on the threads of this process, present and future, make the system calls `allowed` as before and get `EPERM` for
+/// those `denied`; any other ends the process with `SIGSYS`.
+///
+/// # Errors
+/// Where the kernel has no filters, or does not let this process have one.
+pub fn install(allowed: &[libc::c_long], denied: &[libc::c_long]) -> io::Result<()> {
+    // linux/seccomp.h: offsets of `nr` and `arch` in `struct seccomp_data`.
+    const NUMBER: u32 = 0;
+    const ARCHITECTURE: u32 = 4;
+    let load = |offset| statement(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, offset);
+    let end = |action| statement(libc::BPF_RET | libc::BPF_K, action);
+    let mut program = vec![
+        load(ARCHITECTURE),
+        skip_one_if(AUDIT_ARCH),
+        end(libc::SECCOMP_RET_KILL_PROCESS),
+        load(NUMBER),
+    ];
+    let refused = libc::SECCOMP_RET_ERRNO | libc::EPERM as u32;
+    let answers = [(denied, refused), (allowed, libc::SECCOMP_RET_ALLOW)];
+    for (calls, action) in answers {
+        for call in calls {
+            program.extend([skip_one_unless(*call as u32), end(action)]);
+        }
+    }
+    program.push(end(libc::SECCOMP_RET_KILL_PROCESS));
+    let filter = libc::sock_fprog {
+        len: u16::try_from(program.len()).map_err(io::Error::other)?,
+        filter: program.as_mut_ptr(),
+    };
+    // SAFETY: calls that take numbers, and one that takes a program which is live and as long as it says.
+    let status = unsafe {
+        let (yes, no): (c_ulong, c_ulong) = (1, 0);
+        if libc::prctl(libc::PR_SET_NO_NEW_PRIVS, yes, no, no, no) != 0 {
+            return Err(io::Error::last_os_error());
+        }
+        libc::syscall(
+            libc::SYS_seccomp,
+            libc::SECCOMP_SET_MODE_FILTER,
+            libc::SECCOMP_FILTER_FLAG_TSYNC,
+            &raw const filter,
+        )
+    };
+    match status {
+        0 => Ok(()),
+        // A thread that could not be brought under the filter, by its number.
+        1.. => Err(io::Error::other(format!(
+            "thread {status} has a filter of its own"
+        ))),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+fn statement(code: u32, k: u32) -> libc::sock_filter {
+    instruction(code, 0, 0, k)
+}
+
+fn skip_one_if(value: u32) -> libc::sock_filter {
+    instruction(libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K, 1, 0, value)
+}
+
+fn skip_one_unless(value: u32) -> libc::sock_filter {
+    instruction(libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K, 0, 1, value)
+}
+
+fn instruction(code: u32, jt: u8, jf: u8, k: u32) -> libc::sock_filter {
+    // All codes of classic BPF fit.
+    libc::sock_filter {
+        code: code as u16,
+        jt,
+        jf,
+        k,
+    }
+}

@@ -1,0 +1,189 @@
+//! vm-scrub under a filter of system calls that is made of `docs/system-calls.md`, so that document and code cannot part.
+//!
+//! A filter is for good, so each test runs in a child, and the child ends itself: its test harness would need other calls.
+
+use std::alloc::{Layout, alloc_zeroed};
+use std::collections::BTreeSet;
+use vm_scrub::lease::{LeaseError, QuarantineReason};
+use vm_scrub::{BLOCK_SIZE, Lease, PageSize, Policy, Pool, scrub_raw};
+use vm_scrub_tests::child::{alone, done};
+use vm_scrub_tests::documents::{section, table};
+use vm_scrub_tests::{
+    PAGE, assert_adds_up, assert_all_zero, fill, on_every_page_size, on_small_page_sizes, pool,
+    quiesce, regions, seccomp, teardown,
+};
+
+const DOCUMENT: &str = include_str!("../../docs/system-calls.md");
+
+on_every_page_size!(what_the_document_lists_is_enough: 8, without_madvise: 8);
+on_small_page_sizes!(without_mremap, without_mprotect, without_ioctl);
+
+/// The calls in the table of the section `title` that are marked in one of `columns` for pools of these pages.
+fn listed(title: &str, columns: &[&str], page_size: PageSize) -> BTreeSet<String> {
+    let table = table(section(DOCUMENT, title));
+    let own = match page_size {
+        PageSize::Huge2M => "hugetlb",
+        _ => "anonymous",
+    };
+    let columns: Vec<usize> = columns.iter().map(|name| table.column(name)).collect();
+    // A mark may have numbers of notes behind it.
+    let is_marked = |cell: &str| {
+        let mark = cell.split(' ').next();
+        mark.is_some_and(|mark| ["all", "x", own].contains(&mark))
+    };
+    let marked = table
+        .rows
+        .iter()
+        .filter(|row| columns.iter().any(|column| is_marked(&row[*column])));
+    marked.map(|row| row[0].replace('`', "")).collect()
+}
+
+/// What is let through: the `operations` on pools of these pages, and what the runtime calls meanwhile.
+fn allowed(operations: &[&str], page_size: PageSize) -> Vec<libc::c_long> {
+    let own = listed("vm-scrub", operations, page_size);
+    let runtime = listed("The Rust runtime", &["afterwards"], page_size);
+    own.union(&runtime).map(|name| number(name)).collect()
+}
+
+fn number(name: &str) -> libc::c_long {
+    seccomp::number(name).unwrap_or_else(|| panic!("the document has a call '{name}'"))
+}
+
+/// Installs the filter, or says that the test is skipped and ends the child.
+fn filter(allowed: &[libc::c_long], denied: &[libc::c_long]) {
+    if let Err(error) = seccomp::install(allowed, denied) {
+        println!("SKIPPED seccomp: this process can install no filter: {error}");
+        done();
+    }
+}
+
+/// Two regions, of which the second ends within a block where it may.
+fn guest(pool: &Pool, page_size: PageSize) -> Lease {
+    let rest = match page_size {
+        PageSize::Huge2M => BLOCK_SIZE,
+        _ => 3 * PAGE,
+    };
+    let layout = [(0, 2 * BLOCK_SIZE), (1 << 32, rest)];
+    pool.lease(&regions(&layout)).unwrap()
+}
+
+fn name(test: &str, page_size: PageSize) -> String {
+    let page_size = match page_size {
+        PageSize::Base4K => "base_4k",
+        PageSize::Huge2M => "huge_2m",
+        _ => "transparent",
+    };
+    format!("{test}::{page_size}")
+}
+
+/// 1 MiB that vm-scrub did not allocate, with something in it.
+fn foreign() -> *mut u8 {
+    let layout = Layout::from_size_align(FOREIGN, 4096).unwrap();
+    // SAFETY: the layout is not empty.
+    let memory = unsafe { alloc_zeroed(layout) };
+    assert!(!memory.is_null());
+    // SAFETY: allocated above, and nobody else's.
+    unsafe { memory.wrapping_add(5000).write(1) };
+    memory
+}
+
+const FOREIGN: usize = 1 << 20;
+
+fn what_the_document_lists_is_enough(page_size: PageSize) {
+    alone(
+        &name("what_the_document_lists_is_enough", page_size),
+        || {
+            let pool = pool(page_size, 8);
+            let memory = foreign();
+            let calls = allowed(&["lease", "teardown", "scrub_raw"], page_size);
+            filter(&calls, &[]);
+
+            for generation in 0..20 {
+                let lease = guest(&pool, page_size);
+                assert_all_zero(&lease);
+                fill(&lease, generation);
+                let other = guest(&pool, page_size);
+                fill(&other, generation);
+                assert!(teardown(lease).is_proven());
+                let quiesced = quiesce(&other);
+                let ticket = other.retire(quiesced).unwrap();
+                let receipt = if generation % 2 == 0 {
+                    ticket.wait()
+                } else {
+                    ticket.wait_in_background()
+                };
+                assert!(receipt.unwrap().is_proven());
+                // Nobody has seen this one, so it is torn down on the spot.
+                drop(guest(&pool, page_size));
+            }
+            assert_eq!(pool.accounts().clean, pool.capacity());
+
+            // SAFETY: allocated above, and nobody else's.
+            let scrubbed = unsafe { scrub_raw(memory, FOREIGN, &Policy::new()) }.unwrap();
+            let counted = scrubbed.bytes + scrubbed.bytes_never_populated;
+            assert_eq!(counted, FOREIGN as u64);
+            // SAFETY: as above.
+            assert_eq!(unsafe { memory.wrapping_add(5000).read() }, 0);
+            done();
+        },
+    );
+}
+
+/// The kernel refuses `refused`, which a teardown needs: all of the guest is lost for `reason`, and nobody gets a byte of it.
+fn without(refused: &str, test: &str, page_size: PageSize, reason: QuarantineReason) {
+    alone(&name(test, page_size), || {
+        let own = listed("vm-scrub", &["teardown"], page_size);
+        assert!(own.contains(refused), "{refused} is not listed: {own:?}");
+        let pool = pool(page_size, 8);
+        let lease = guest(&pool, page_size);
+        fill(&lease, 1);
+        let quiesced = quiesce(&lease);
+        filter(
+            &allowed(&["lease", "teardown"], page_size),
+            &[number(refused)],
+        );
+
+        let receipt = lease.teardown(quiesced).unwrap();
+        assert_adds_up(&receipt);
+        assert_eq!(receipt.bytes_quarantined, receipt.bytes_total);
+        for range in &receipt.quarantined {
+            assert_eq!(range.reason, reason, "{range:?}");
+            assert!(range.detail.contains(refused), "{range:?}");
+        }
+        let accounts = pool.accounts();
+        assert_eq!(accounts.quarantined, 3 * BLOCK_SIZE);
+        assert_eq!(accounts.clean, pool.capacity() - 3 * BLOCK_SIZE);
+        match pool.lease(&regions(&[(0, accounts.clean)])) {
+            Ok(next) => assert_all_zero(&next),
+            Err(LeaseError::Map { source, .. }) => {
+                assert!(source.call.name().contains(refused), "{source}");
+            }
+            Err(error) => panic!("{error}"),
+        }
+        done();
+    });
+}
+
+fn without_mremap(page_size: PageSize) {
+    let reason = QuarantineReason::NotRevoked;
+    without("mremap", "without_mremap", page_size, reason);
+}
+
+fn without_mprotect(page_size: PageSize) {
+    let reason = QuarantineReason::NotRevoked;
+    without("mprotect", "without_mprotect", page_size, reason);
+}
+
+fn without_madvise(page_size: PageSize) {
+    // A view of a file is closed without it, and then its pages cannot be populated.
+    let reason = match page_size {
+        PageSize::Huge2M => QuarantineReason::ResidencyUnknown,
+        _ => QuarantineReason::NotRevoked,
+    };
+    without("madvise", "without_madvise", page_size, reason);
+}
+
+fn without_ioctl(page_size: PageSize) {
+    let reason = QuarantineReason::ResidencyUnknown;
+    without("ioctl", "without_ioctl", page_size, reason);
+}
