@@ -10,7 +10,7 @@ use crate::sys::numa::Numbers;
 use crate::sys::thread as native;
 use std::fmt::Debug;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError, Weak, mpsc};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
@@ -206,7 +206,8 @@ impl Queue {
 }
 
 impl Background {
-    /// Starts the thread, which runs on `cpus`, where these are given.
+    /// Starts the thread, which runs on `cpus`, where these are given. It is ready for work when this returns, and has made every
+    /// system call that only a thread that begins makes: the VMM may forbid them now.
     pub(crate) fn start(throttle: Throttle, cpus: Option<Numbers>) -> std::io::Result<Self> {
         let queue = Arc::new(Queue {
             chores: Mutex::default(),
@@ -217,6 +218,7 @@ impl Background {
             errand: OnceLock::new(),
         });
         let worker = Arc::clone(&queue);
+        let (started, ready) = mpsc::channel();
         let thread = thread::Builder::new()
             .name("vm-scrub-back".into())
             .spawn(move || {
@@ -228,8 +230,13 @@ impl Background {
                 {
                     log::warn!("background scrubbing is not kept on its NUMA node: {error}");
                 }
+                // Nobody listens only if the pool is not to be.
+                let _ = started.send(());
+                drop(started);
                 worker.run();
             })?;
+        // It can end before it says so only by a panic in the VMM's logger, and is missed when there is work for it.
+        let _ = ready.recv();
         Ok(Self {
             queue,
             thread: Some(thread),

@@ -34,8 +34,10 @@ impl Workers {
                 .num_threads(threads)
                 .thread_name(|index| format!("vm-scrub-{index}"))
                 .build()?;
+            // Threads begin with system calls of their own, which the VMM may forbid as soon as there is a pool.
+            let threads = pool.broadcast(|_| thread::id());
             if let Some(cpus) = cpus {
-                pin(&pool, cpus);
+                pin(&threads, cpus);
             }
             return Ok(Self { pool: Some(pool) });
         }
@@ -82,9 +84,9 @@ impl Workers {
 
 /// Pins all threads to `cpus`. They scrub as well where this is refused, only not as fast.
 #[cfg(feature = "rayon")]
-fn pin(pool: &rayon::ThreadPool, cpus: &Numbers) {
-    for worker in pool.broadcast(|_| thread::id()) {
-        if let Err(error) = thread::pin(worker, cpus) {
+fn pin(threads: &[libc::pid_t], cpus: &Numbers) {
+    for worker in threads {
+        if let Err(error) = thread::pin(*worker, cpus) {
             log::warn!("scrubbing thread {worker} is not kept on its NUMA node: {error}");
         }
     }
