@@ -15,6 +15,16 @@ use std::sync::Arc;
 ///
 /// `V` is how the machine is held: `&VmFd`, `Arc<VmFd>`, or anything else that leads to it. While this value exists the
 /// lease cannot be torn down. Dropping it deletes the memslots as well, but gives no [`Quiesced`].
+///
+/// To register takes the lease, and to tear it down takes it away, so neither can come while the other is going on:
+///
+/// ```compile_fail,E0382
+/// # use vm_scrub::{Lease, Quiesced, kvm::Memslots};
+/// # fn late(vm: &kvm_ioctls::VmFd, lease: Lease, quiesced: Quiesced) {
+/// let receipt = lease.teardown(quiesced);
+/// let memslots = Memslots::register(vm, &lease);
+/// # }
+/// ```
 #[must_use = "dropping it deletes the memslots"]
 pub struct Memslots<V: Deref<Target = VmFd>> {
     vm: V,
