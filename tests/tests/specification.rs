@@ -1,7 +1,9 @@
-//! The documents name tests, and every one of them exists; each promise has one, and each class of failure a test or a reason why not.
+//! The documents name tests, and every one of them exists; each promise has one, and each class of failure has one or a reason
+//! why not.
 //!
-//! A name is `file.rs::test` in backticks, the file as seen from the top of the repository. It is that of a test function, or of one that macros
-//! of this crate make tests of, or a module of tests; `file.rs::compile_fail` is an example that must not compile.
+//! A name is `file.rs::test` in backticks, the file as seen from the top of the repository. It is that of a test function, or
+//! of one that macros of this crate make tests of, or of a module of tests; `file.rs::compile_fail` is an example that must
+//! not compile.
 
 use std::collections::BTreeMap;
 use std::fs;
