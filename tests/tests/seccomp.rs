@@ -4,8 +4,12 @@
 
 use std::alloc::{Layout, alloc_zeroed};
 use std::collections::BTreeSet;
+use std::fs::File;
+use std::os::fd::AsRawFd;
+use std::ptr;
+use std::sync::Arc;
 use vm_scrub::lease::{LeaseError, QuarantineReason};
-use vm_scrub::{BLOCK_SIZE, Lease, PageSize, Policy, Pool, scrub_raw};
+use vm_scrub::{BLOCK_SIZE, Lease, LeaseOptions, PageSize, Policy, Pool, scrub_raw};
 use vm_scrub_tests::child::{alone, done};
 use vm_scrub_tests::documents::{section, table};
 use vm_scrub_tests::{
@@ -15,7 +19,12 @@ use vm_scrub_tests::{
 
 const DOCUMENT: &str = include_str!("../../docs/system-calls.md");
 
-on_every_page_size!(what_the_document_lists_is_enough: 8, without_madvise: 8);
+on_every_page_size!(
+    what_the_document_lists_is_enough: 8,
+    shareable_leases_need_a_few_more: 16,
+    without_fcntl_a_shareable_lease_is_not_sealed: 16,
+    without_madvise: 8,
+);
 on_small_page_sizes!(without_mremap, without_mprotect, without_ioctl);
 
 /// The calls in the table of the section `title` that are marked in one of `columns` for pools of these pages.
@@ -127,6 +136,81 @@ fn what_the_document_lists_is_enough(page_size: PageSize) {
             done();
         },
     );
+}
+
+fn shareable(pool: &Pool) -> Lease {
+    let options = LeaseOptions::new().shareable(true);
+    let layout = regions(&[(0, 2 * BLOCK_SIZE), (1 << 32, BLOCK_SIZE)]);
+    pool.lease_with(&layout, options).unwrap()
+}
+
+/// What is leased to be shared, torn down and retired, also with a peer that lets go too late.
+fn shareable_leases_need_a_few_more(page_size: PageSize) {
+    alone(&name("shareable_leases_need_a_few_more", page_size), || {
+        let pool = pool(page_size, 8);
+        let calls = allowed(&["lease", "teardown", "shareable"], page_size);
+        filter(&calls, &[]);
+
+        for generation in 0..4 {
+            let lease = shareable(&pool);
+            assert_all_zero(&lease);
+            fill(&lease, generation);
+            assert!(teardown(lease).is_proven());
+
+            let lease = shareable(&pool);
+            let file = Arc::clone(lease.file_offsets()[0].1.arc());
+            fill(&lease, generation);
+            let held = map(&file);
+            let quiesced = quiesce(&lease);
+            let receipt = lease.retire(quiesced).unwrap().wait().unwrap();
+            assert_eq!(receipt.bytes_quarantined, receipt.bytes_total);
+            unmap(held);
+            // The background may have been quicker.
+            pool.reclaim();
+            assert_eq!(pool.withheld(), []);
+            drop(shareable(&pool));
+        }
+        assert_eq!(pool.accounts().clean, pool.capacity());
+        done();
+    });
+}
+
+/// What a back-end in another process would have: a mapping that could be written to.
+fn map(file: &File) -> *mut libc::c_void {
+    let protection = libc::PROT_READ | libc::PROT_WRITE;
+    let (len, fd) = (BLOCK_SIZE as usize, file.as_raw_fd());
+    // SAFETY: the kernel picks a range that nothing else uses.
+    let mapping = unsafe { libc::mmap(ptr::null_mut(), len, protection, libc::MAP_SHARED, fd, 0) };
+    assert_ne!(mapping, libc::MAP_FAILED);
+    mapping
+}
+
+fn unmap(mapping: *mut libc::c_void) {
+    // SAFETY: made by `map`, and nobody refers to it.
+    assert_eq!(unsafe { libc::munmap(mapping, BLOCK_SIZE as usize) }, 0);
+}
+
+fn without_fcntl_a_shareable_lease_is_not_sealed(page_size: PageSize) {
+    let test = "without_fcntl_a_shareable_lease_is_not_sealed";
+    alone(&name(test, page_size), || {
+        let pool = pool(page_size, 8);
+        let lease = shareable(&pool);
+        fill(&lease, 1);
+        let quiesced = quiesce(&lease);
+        let calls = allowed(&["lease", "teardown", "shareable"], page_size);
+        filter(&calls, &[number("fcntl")]);
+
+        let receipt = lease.teardown(quiesced).unwrap();
+        assert_adds_up(&receipt);
+        assert_eq!(receipt.bytes_quarantined, receipt.bytes_total);
+        for range in &receipt.quarantined {
+            assert_eq!(range.reason, QuarantineReason::NotSealed, "{range:?}");
+            assert!(range.detail.contains("fcntl"), "{range:?}");
+        }
+        assert_eq!(pool.accounts().quarantined, 3 * BLOCK_SIZE);
+        assert_eq!(pool.reclaim(), 0);
+        done();
+    });
 }
 
 /// The kernel refuses `refused`, which a teardown needs: all of the guest is lost for `reason`, and nobody gets a byte of it.
