@@ -150,9 +150,9 @@ fn pages(page_size: PageSize) -> &'static str {
 fn label(row: &Row) -> String {
     let mremap = row.labels.unusual_revocation().is_some();
     match (row.labels.name.as_str(), row.labels.verify) {
-        ("vm-scrub", Some(Verify::Full)) if mremap => "vm-scrub, read back, by mremap".into(),
+        ("vm-scrub", Some(Verify::Full)) if mremap => "by mremap, every byte read back".into(),
         ("vm-scrub", Some(Verify::Full)) => "vm-scrub, every byte read back".into(),
-        ("vm-scrub", _) if mremap => "vm-scrub, not read back, by mremap".into(),
+        ("vm-scrub", _) if mremap => "by mremap, not read back".into(),
         ("vm-scrub", _) => "vm-scrub, not read back".into(),
         ("munmap-mmap-populate", _) => "munmap + mmap + populate".into(),
         ("dontneed-populate", _) => "MADV_DONTNEED + populate".into(),
