@@ -37,6 +37,12 @@ pub(crate) trait Subject {
         false
     }
 
+    /// Whether each timed run comes right after one that is not counted: for what is over in microseconds, and would else be measured
+    /// with caches that the others have emptied.
+    fn is_rehearsed(&self) -> bool {
+        false
+    }
+
     /// Adds to the labels what was observed besides the time, when all runs are over.
     fn observe(&self, _labels: &mut Labels) {}
 

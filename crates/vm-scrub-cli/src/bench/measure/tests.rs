@@ -44,6 +44,10 @@ impl Subject for Fake {
     fn is_long(&self) -> bool {
         self.long
     }
+
+    fn is_rehearsed(&self) -> bool {
+        self.name == "r"
+    }
 }
 
 fn group(log: &Log, fakes: &[(&'static str, Option<usize>)]) -> Group {
@@ -105,6 +109,18 @@ fn contenders_take_turns() {
     assert!(compared.ratio > 0.0);
     let best = a.of_ceiling.unwrap().max(b.of_ceiling.unwrap());
     assert_eq!(best, 1.0);
+}
+
+#[test]
+fn what_is_rehearsed_runs_once_more_before_each_timed_run() {
+    let log = Log::default();
+    let measured = run(&mut group(&log, &[("a", None), ("r", None)]), 2, 1, LONG);
+    assert_eq!(log.borrow().concat(), "ararrarr");
+    assert_eq!(measured.rows[1].runs, 2);
+
+    // Found out in the rehearsal.
+    let measured = run(&mut group(&log, &[("r", Some(2)), ("a", None)]), 2, 1, LONG);
+    assert_eq!((measured.failed.len(), measured.rows.len()), (1, 1));
 }
 
 #[test]

@@ -106,14 +106,22 @@ pub(super) struct Mapped {
     mapping: Rc<RefCell<Mapping>>,
     touched: Touched,
     clean: Clean,
+    /// Whether it takes the less time the less was touched.
+    short: bool,
 }
 
 impl Mapped {
-    pub(super) fn new(mapping: &Rc<RefCell<Mapping>>, touched: &Touched, clean: Clean) -> Self {
+    pub(super) fn new(
+        mapping: &Rc<RefCell<Mapping>>,
+        touched: &Touched,
+        clean: Clean,
+        short: bool,
+    ) -> Self {
         Self {
             mapping: Rc::clone(mapping),
             touched: touched.clone(),
             clean,
+            short,
         }
     }
 }
@@ -129,6 +137,10 @@ impl Subject for Mapped {
 
     fn run(&mut self, _: u64) -> anyhow::Result<()> {
         (self.clean)(&self.touched, self.mapping.borrow_mut().bytes())
+    }
+
+    fn is_rehearsed(&self) -> bool {
+        self.short
     }
 
     fn check(&mut self) -> anyhow::Result<()> {
