@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 use vm_scrub::test_support::{Call, Sabotage, build_sabotaged, inject};
-use vm_scrub::{BLOCK_SIZE, Lease, PageSize, Policy, Pool, PoolBuilder};
+use vm_scrub::{BLOCK_SIZE, Lease, PageSize, Policy, Pool, PoolBuilder, RevokeBy};
 use vm_scrub_tests::maps::populated_bytes;
 use vm_scrub_tests::{
     PAGE, assert_all_zero, assert_nothing_dirty_left, fill, on_every_page_size, pools, regions,
@@ -85,7 +85,11 @@ fn nothing_leaves_quarantine(page_size: PageSize) {
 /// A refusal of the kernel costs memory and nothing else.
 #[test]
 fn what_cannot_be_given_back_stays() {
-    let pool = retaining(PageSize::Base4K, 0).build().unwrap();
+    // Moving with proof takes other advice, as the kernel is.
+    let pool = retaining(PageSize::Base4K, 0)
+        .revoke_by(RevokeBy::Mremap)
+        .build()
+        .unwrap();
     let lease = whole(&pool);
     fill(&lease, 1);
     // Behind the advice with which the memory is taken away from the guest.
