@@ -16,3 +16,9 @@ use crate::{Pool, PoolBuilder, PoolError};
 pub fn build_sabotaged(builder: PoolBuilder, sabotage: Sabotage) -> Result<Pool, PoolError> {
     builder.sabotage(sabotage).build()
 }
+
+/// Where the pool's private arena begins: for tests that write behind its back.
+#[cfg(feature = "vm-memory")]
+pub fn arena_address(pool: &Pool) -> *mut u8 {
+    pool.shared.backing.arena().0
+}

@@ -5,7 +5,7 @@ use crate::pool::{Accounts, LeaseId};
 use crate::{BLOCK_SIZE, SysError};
 use std::fmt;
 
-/// Why memory could not be leased. The pool is as it was before.
+/// Why memory could not be leased. The pool is as it was before, but for what [`LeaseError::FoundDirty`] speaks of.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum LeaseError {
@@ -77,6 +77,31 @@ pub enum LeaseError {
     Share {
         /// The length of the file, in bytes.
         bytes: u64,
+        /// The call that failed.
+        r#source: SysError,
+    },
+    /// Free memory was not zero any more when it was checked before the grant, and without it there is not enough.
+    #[error(
+        "{asked} bytes in blocks of {BLOCK_SIZE} were asked for, and of what was free {quarantined} bytes were quarantined just \
+         now: they were not zero any more, or not readable; {} are left ({} leased, {} quarantined in all). Somebody writes to \
+         the pool's free memory, or it is broken: see the log, and do not trust this host with another guest before you know",
+        .accounts.clean, .accounts.leased, .accounts.quarantined
+    )]
+    FoundDirty {
+        /// What the regions need, rounded up to blocks, in bytes.
+        asked: u64,
+        /// Bytes that were quarantined by this call.
+        quarantined: u64,
+        /// What the pool has left.
+        accounts: Accounts,
+    },
+    /// The kernel did not say which free pages are populated, so that they could not be checked before the grant. The memory
+    /// stays free.
+    #[error(
+        "free memory could not be checked before the grant ({source}): see to it that the pagemap can be read (/proc, seccomp), or \
+         build the pool without `check_on_grant`"
+    )]
+    NotChecked {
         /// The call that failed.
         r#source: SysError,
     },

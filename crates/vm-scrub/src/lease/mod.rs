@@ -4,6 +4,7 @@
 //! knows who still holds on to the memory, and gives it back in the steps of [`teardown`].
 
 mod account;
+mod check;
 mod error;
 mod handles;
 mod options;
@@ -155,7 +156,8 @@ impl Pool {
     ///
     /// # Errors
     ///
-    /// Each variant of [`LeaseError`] says what to do. The pool is as it was.
+    /// Each variant of [`LeaseError`] says what to do. The pool is as it was, but for what
+    /// [`check_on_grant`](crate::PoolBuilder::check_on_grant) has found.
     pub fn lease(&self, regions: &[(GuestAddress, u64)]) -> Result<Lease, LeaseError> {
         self.lease_with(regions, LeaseOptions::new())
     }
@@ -185,7 +187,13 @@ impl Pool {
             .iter()
             .map(|region| region.bytes.div_ceil(BLOCK_SIZE))
             .collect();
-        let taken = take(shared, wanted.iter().sum())?;
+        let blocks = wanted.iter().sum();
+        // What is to be shared is fresh memory, and these blocks stand for it.
+        let taken = if options.shareable {
+            check::take(shared, blocks)?
+        } else {
+            check::take_checked(shared, blocks)?
+        };
         let lease = Lease {
             pool: Arc::clone(shared),
             id: LeaseId::next(),
@@ -235,32 +243,6 @@ fn open_all(
     }
     lease.blocks = Some(taken.lease());
     Ok(lease)
-}
-
-/// Takes blocks out of the clean set. Where there are too few, what has been retired is scrubbed now, until there are enough;
-/// and what other processes had not let go of is asked for again.
-fn take(shared: &Shared, blocks: u64) -> Result<Blocks<Taken>, LeaseError> {
-    let asked = blocks.saturating_mul(BLOCK_SIZE);
-    let mut helped = true;
-    let mut reclaimed = false;
-    loop {
-        let accounts = match Blocks::<Taken>::take(&shared.ledger, blocks) {
-            Ok(taken) => return Ok(taken),
-            Err(accounts) => accounts,
-        };
-        let possible = accounts.clean.saturating_add(accounts.dirty);
-        if !helped || asked > possible {
-            if !reclaimed && asked <= possible.saturating_add(shared.reclaimable()) {
-                reclaimed = true;
-                helped = true;
-                shared.reclaim();
-                continue;
-            }
-            return Err(LeaseError::NotEnough { asked, accounts });
-        }
-        // Where there is nothing to help with any more, somebody may have finished it just now: one more look.
-        helped = shared.background.help(shared.engine.workers());
-    }
 }
 
 /// Opens a window for `region` and grants it the memory in `extents`.

@@ -15,7 +15,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 /// How much memory the kernel is asked about in one go, in bytes: the answer takes it as long as waking a thread, or longer.
-const ASKED_AT_ONCE: usize = 256 << 20;
+pub(super) const ASKED_AT_ONCE: usize = 256 << 20;
 
 /// A teardown on its way: the blocks in their state, and what the steps so far have found.
 #[derive(Debug)]

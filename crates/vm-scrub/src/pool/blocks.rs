@@ -143,6 +143,11 @@ impl Blocks<Taken> {
         })
     }
 
+    /// Adds blocks of the same pool.
+    pub(crate) fn join(&mut self, mut more: Self) {
+        self.extents.append(&mut more.extents);
+    }
+
     /// The memory is about to be shown to a guest.
     pub(crate) fn lease(self) -> Blocks<Leased> {
         self.into_state()

@@ -39,6 +39,7 @@ pub struct PoolBuilder {
     pin_patience: Duration,
     scrub_rate: Option<ScrubRate>,
     numa_node: Option<u32>,
+    check_on_grant: bool,
     clock: Option<Box<dyn Clock>>,
     on_progress: Option<OnProgress>,
     #[cfg(any(test, feature = "test-support"))]
@@ -70,6 +71,7 @@ impl Default for PoolBuilder {
             pin_patience: PIN_PATIENCE,
             scrub_rate: None,
             numa_node: None,
+            check_on_grant: false,
             clock: None,
             on_progress: None,
             #[cfg(any(test, feature = "test-support"))]
@@ -195,6 +197,19 @@ impl PoolBuilder {
         self
     }
 
+    /// Reads memory once more when it is leased, right before the guest gets it, with all scrubbing threads: so that what was
+    /// written to it between recycling and grant, by whatever means, is found. Off by default.
+    ///
+    /// Every byte of every populated page of the blocks is read, whatever the [policy](Self::policy) says about reading back.
+    /// A block in which one is not zero is quarantined, with a line in the log, and another one is taken for it; where there is
+    /// none left, the error is [`LeaseError::FoundDirty`](crate::LeaseError::FoundDirty). Writes that come after the check are
+    /// not found. A lease takes longer by what it takes to read its memory, and in a pool of hugetlb pages all of it is supplied
+    /// by the kernel then, if it was not [before](Self::populate).
+    pub fn check_on_grant(mut self, check: bool) -> Self {
+        self.check_on_grant = check;
+        self
+    }
+
     /// Replaces the clock by which background scrubbing is paced: for tests.
     pub fn clock(mut self, clock: impl Clock + 'static) -> Self {
         self.clock = Some(Box::new(clock));
@@ -300,6 +315,7 @@ impl PoolBuilder {
             populate: supply.is_populated(),
             verify: self.policy.verify,
             retain: self.policy.retain,
+            check_on_grant: self.check_on_grant,
             on_progress: self.on_progress,
         });
         let errand: Weak<Shared> = Arc::downgrade(&shared);

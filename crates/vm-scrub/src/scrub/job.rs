@@ -4,7 +4,7 @@
 //! when they are told to. The job is done when all bytes are; whoever sees that first may [settle](Job::settle) it.
 
 use super::batches::Batches;
-use super::pass::{Pass, Tally, Work};
+use super::pass::{Pass, Suspect, Tally, Work};
 use super::workers::Workers;
 use crate::arch::{VerifyLoop, ZeroLoop};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -165,7 +165,7 @@ impl Job {
         workers.threads()
     }
 
-    /// Gives each piece that was not zero a second chance, and decides. `elapsed` is how long the pieces took.
+    /// Gives each piece that was not zero a second chance, where it was to be zeroed, and decides. `elapsed` is how long the pieces took.
     ///
     /// `None` if the job is not done.
     pub(crate) fn settle(&self, elapsed: Duration) -> Option<(Zeroed, Verdict)> {
@@ -175,12 +175,14 @@ impl Job {
         let again = Instant::now();
         let (zeroing, reading) = self.tally.divide(elapsed);
         let suspects = self.tally.take_suspects();
-        if let Some(first) = suspects.first() {
+        if let Some(first) = suspects.first()
+            && self.work != Work::Check
+        {
             log::warn!(
                 "{} pieces of {} bytes are not zero after scrubbing, among them that at pool offset {:#x}: scrubbing them again",
                 suspects.len(),
                 self.total,
-                first.start
+                first.piece.start
             );
         }
         let mut verdict = Verdict {
@@ -189,9 +191,14 @@ impl Job {
             failures: Vec::new(),
             time: Duration::ZERO,
         };
-        for piece in suspects {
-            // SAFETY: the job's pieces are still nobody else's, and no other thread works on them once it is done.
-            match unsafe { self.pass.retry(self.work, &piece) } {
+        for Suspect { piece, offset } in suspects {
+            let again = match self.work {
+                // What was proven to be zero and is not has a writer. To zero it would only hide that.
+                Work::Check => Err(offset),
+                // SAFETY: the job's pieces are still nobody else's, and no other thread works on them once it is done.
+                _ => unsafe { self.pass.retry(self.work, &piece) },
+            };
+            match again {
                 Ok(bytes) => verdict.bytes += bytes,
                 Err(offset) => {
                     verdict.failed_bytes += piece.len() as u64;

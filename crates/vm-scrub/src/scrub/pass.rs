@@ -45,6 +45,8 @@ pub(crate) enum Work {
     /// Read memory that cannot be written to: what is not zero has no second chance.
     ReadSealed,
     ZeroAndRead,
+    /// To read what is known to be zero, and to change nothing: there is no second chance.
+    Check,
 }
 
 impl Work {
@@ -75,7 +77,15 @@ pub(crate) struct Tally {
     read: AtomicU64,
     zeroing_ns: AtomicU64,
     reading_ns: AtomicU64,
-    suspects: Mutex<Vec<Range<usize>>>,
+    suspects: Mutex<Vec<Suspect>>,
+}
+
+/// A piece that was not zero when it was read.
+#[derive(Debug)]
+pub(crate) struct Suspect {
+    pub(crate) piece: Range<usize>,
+    /// Where the first byte that is not zero was found.
+    pub(crate) offset: usize,
 }
 
 impl Tally {
@@ -90,7 +100,7 @@ impl Tally {
     }
 
     /// Pieces that were not zero when they were read.
-    pub(crate) fn take_suspects(&self) -> Vec<Range<usize>> {
+    pub(crate) fn take_suspects(&self) -> Vec<Suspect> {
         std::mem::take(&mut self.suspects.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
@@ -147,7 +157,7 @@ impl Pass {
             }
             match outcome {
                 Ok(bytes) => read += bytes,
-                Err(_) => suspects.push(piece),
+                Err(offset) => suspects.push(Suspect { piece, offset }),
             }
         };
         // SAFETY: passed on to the caller.
@@ -237,7 +247,9 @@ impl Pass {
             }
             match work {
                 Work::Zero => Ok(0),
-                Work::Read | Work::ReadSealed | Work::ZeroAndRead => self.read_back(part),
+                Work::Read | Work::ReadSealed | Work::ZeroAndRead | Work::Check => {
+                    self.read_back(part)
+                }
             }
         }
     }
