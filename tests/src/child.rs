@@ -54,6 +54,15 @@ pub fn with_huge_pages(test: &str, pages: u64, body: impl FnOnce()) {
     }
 }
 
+/// Runs `body` in a process of its own and says how that ended; `None` in that process.
+pub fn end_of(test: &str, body: impl FnOnce()) -> Option<(ExitStatus, String)> {
+    if std::env::var(RUN).as_deref() == Ok(test) {
+        body();
+        return None;
+    }
+    Some(run(test))
+}
+
 fn run(test: &str) -> (ExitStatus, String) {
     let output = Command::new(std::env::current_exe().expect("a test is a file"))
         .args([test, "--exact", "--nocapture", "--test-threads=1"])

@@ -95,6 +95,7 @@ mod backing;
 pub mod kvm;
 #[cfg(feature = "vm-memory")]
 pub mod lease;
+pub mod memory_errors;
 #[cfg(feature = "vm-memory")]
 pub mod pool;
 #[cfg_attr(

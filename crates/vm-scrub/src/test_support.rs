@@ -22,3 +22,24 @@ pub fn build_sabotaged(builder: PoolBuilder, sabotage: Sabotage) -> Result<Pool,
 pub fn arena_address(pool: &Pool) -> *mut u8 {
     pool.shared.backing.arena().0
 }
+
+/// Puts memory at `address` that raises `SIGBUS`: one page of 4 KiB, or of 2 MiB where the memory consists of hugetlb pages. Says
+/// nothing where that fails.
+pub(crate) fn break_memory(address: *mut u8) {
+    for (page, huge) in [(4096, 0), (2 << 20, libc::MFD_HUGETLB | libc::MFD_HUGE_2MB)] {
+        let at = address.map_addr(|address| address & !(page - 1));
+        // SAFETY: the page is the pool's, which is to lose it; the file's descriptor is this function's own.
+        unsafe {
+            let file = libc::memfd_create(c"broken".as_ptr(), libc::MFD_CLOEXEC | huge);
+            let protection = libc::PROT_READ | libc::PROT_WRITE;
+            let flags = libc::MAP_SHARED | libc::MAP_FIXED;
+            libc::ftruncate(file, page as libc::off_t);
+            let mapped = libc::mmap(at.cast(), page, protection, flags, file, 0);
+            libc::ftruncate(file, 0);
+            libc::close(file);
+            if mapped != libc::MAP_FAILED {
+                return;
+            }
+        }
+    }
+}

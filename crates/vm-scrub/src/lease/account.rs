@@ -79,12 +79,12 @@ pub(super) fn parts(segments: &[Segment]) -> impl Iterator<Item = (&Segment, Ran
     })
 }
 
-/// The lost blocks as guest ranges; neighbours with the same reason are one. Of a block that was lost for what is pinned in it,
-/// the `pinned` ranges (arena offsets, ascending) are told from the rest.
+/// The lost blocks as guest ranges; neighbours with the same reason are one. Of a block that was lost for what is pinned or broken
+/// in it, the `named` ranges (arena offsets, ascending, disjoint) are told from the rest.
 pub(super) fn quarantined_ranges(
     segments: &[Segment],
     lost: &Lost,
-    pinned: &[Range<usize>],
+    named: &[Range<usize>],
 ) -> Vec<QuarantinedRange> {
     let mut ranges: Vec<QuarantinedRange> = Vec::new();
     let mut add = |guest_address, bytes, reason, detail: &str| match ranges.last_mut() {
@@ -108,17 +108,21 @@ pub(super) fn quarantined_ranges(
                 add(guest_address, range.len() as u64, reason, detail);
             }
         };
-        if *reason != QuarantineReason::PinnedOrShared {
-            add(part, *reason);
-            continue;
-        }
+        let beside = match reason {
+            QuarantineReason::PinnedOrShared => QuarantineReason::BesidePinned,
+            QuarantineReason::MemoryError => QuarantineReason::BesideMemoryError,
+            _ => {
+                add(part, *reason);
+                continue;
+            }
+        };
         let mut at = part.start;
-        for held in intersections(&part, pinned) {
-            add(at..held.start, QuarantineReason::BesidePinned);
-            at = held.end;
-            add(held, *reason);
+        for cause in intersections(&part, named) {
+            add(at..cause.start, beside);
+            at = cause.end;
+            add(cause, *reason);
         }
-        add(at..part.end, QuarantineReason::BesidePinned);
+        add(at..part.end, beside);
     }
     ranges
 }

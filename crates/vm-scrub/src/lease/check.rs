@@ -64,12 +64,25 @@ fn check(shared: &Shared, mut taken: Blocks<Taken>) -> Result<(Blocks<Taken>, u6
             failure.offset
         );
     }
+    for broken in verdict.broken() {
+        log::error!(
+            "block {} quarantined before it was leased: memory error at pool offset {:#x}: {}",
+            broken.range.start as u64 / BLOCK_SIZE,
+            broken.range.start,
+            broken.what
+        );
+    }
     let before = taken.count();
     let dirty = verdict
         .failures()
         .iter()
         .map(|failure| failure.offset as u64 / BLOCK_SIZE);
     taken.quarantine_blocks(dirty);
+    let broken = verdict
+        .broken()
+        .iter()
+        .map(|broken| broken.range.start as u64 / BLOCK_SIZE);
+    taken.quarantine_blocks(broken);
     let lost = before - taken.count();
     Ok((taken, lost))
 }

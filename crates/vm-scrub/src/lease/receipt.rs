@@ -35,6 +35,11 @@ pub enum QuarantineReason {
     BesidePinned,
     /// The kernel did not say which of its pages are populated.
     ResidencyUnknown,
+    /// It could not be accessed: broken hardware, most likely. Found where [`memory_errors`](crate::memory_errors) are handled,
+    /// where [`Policy::probe`](crate::Policy::probe) asks for them, or by what the kernel answers.
+    MemoryError,
+    /// It is in one block of the pool with memory that could not be accessed. Nothing is known to be wrong with it.
+    BesideMemoryError,
     /// Something else than zero was read back, twice; or once, where the memory was shared and had been sealed by then.
     NotZero,
     /// It is shared, and another process can still write to it, or a device has pinned it. It is tried again later: see
@@ -49,8 +54,8 @@ pub enum QuarantineReason {
     NotReplaced,
 }
 
-/// Memory that went into quarantine: in whole blocks as far as the guest had them. What was pinned or shared is named to the
-/// page (or its huge page), and the rest of its block beside it.
+/// Memory that went into quarantine: in whole blocks as far as the guest had them. What was pinned, shared or broken is
+/// named to the page (or its huge page), and the rest of its block beside it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 #[non_exhaustive]

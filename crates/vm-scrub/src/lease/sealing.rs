@@ -22,11 +22,11 @@ use std::time::Duration;
 /// just before may need a moment. What takes longer is tried again in the background.
 const PAUSES: [Duration; 2] = [Duration::from_millis(1), Duration::from_millis(10)];
 
-/// Whether memory that is lost for this reason is never going to be clean: somebody may have it in a window for ever, or it
-/// is sealed with something else than zero in it.
+/// Whether memory that is lost for this reason is never going to be clean: somebody may have it in a window for ever, it is
+/// sealed with something else than zero in it, or it is broken.
 fn is_for_good(reason: QuarantineReason) -> bool {
-    use QuarantineReason::{NotRevoked, NotZero};
-    matches!(reason, NotRevoked | NotZero)
+    use QuarantineReason::{MemoryError, NotRevoked, NotZero};
+    matches!(reason, MemoryError | NotRevoked | NotZero)
 }
 
 impl<S: State> Steps<S> {
@@ -157,7 +157,7 @@ impl Steps<Scrubbed> {
             .populated;
         let job = self.job(Work::Zero);
         let (zeroed, _) = self.run(&job);
-        self.receipt.bytes_scrubbed = zeroed.bytes();
+        self.zeroed_again(&zeroed);
         Ok(())
     }
 }

@@ -8,7 +8,8 @@ use crate::backing::{BLOCK, Backing, Revocation, Revoked};
 use crate::pool::blocks::{Blocks, Dirty, Scrubbed, State, Verified};
 use crate::pool::{Extent, LeaseId, OwnedFile, Shared};
 use crate::scrub::{
-    Job, Residency, Verdict, Verify, Work, Zeroed, beyond, fresh_seed, pieces, push_joined,
+    Broken, Job, Residency, Verdict, Verify, Work, Zeroed, beyond, bytes_in, fresh_seed, joined,
+    pieces, push_joined,
 };
 use std::ops::Range;
 use std::sync::Arc;
@@ -35,11 +36,14 @@ pub(super) struct Steps<S: State> {
     /// Bytes about which the kernel has said whether they are populated.
     pub(super) answered: u64,
     pub(super) lost: Lost,
-    /// What others could still write to when it was revoked, as arena offsets, ascending. In blocks that are lost.
-    pinned: Vec<Range<usize>>,
+    /// What made the blocks it is in be lost, where that is known to the page: what others could still write to when it was
+    /// revoked, and what could not be accessed. Arena offsets, ascending and disjoint.
+    named: Vec<Range<usize>>,
     /// Decides which lines a sample consists of.
     seed: u64,
-    /// Bytes in pieces that were read back and stayed wrong.
+    /// Bytes that were to be zeroed and could not be accessed.
+    not_zeroed: u64,
+    /// Bytes in pieces that were read back and stayed wrong, or could not be accessed.
     failed_bytes: u64,
     /// Filled in step by step.
     pub(super) receipt: ScrubReceipt,
@@ -152,8 +156,9 @@ pub(super) fn take_away_unasked(
         to_read: None,
         answered: 0,
         lost,
-        pinned,
+        named: pinned,
         seed: fresh_seed(),
+        not_zeroed: 0,
         failed_bytes: 0,
         receipt,
     };
@@ -230,8 +235,9 @@ impl<S: State> Steps<S> {
             to_read: self.to_read,
             answered: self.answered,
             lost: self.lost,
-            pinned: self.pinned,
+            named: self.named,
             seed: self.seed,
+            not_zeroed: self.not_zeroed,
             failed_bytes: self.failed_bytes,
             receipt: self.receipt,
         }
@@ -276,6 +282,27 @@ impl<S: State> Steps<S> {
         self.receipt.lease
     }
 
+    /// Remembers what could not be accessed; returns how many bytes of what there was to do that is.
+    fn lose(&mut self, broken: &[Broken]) -> u64 {
+        for broken in broken {
+            let block = broken.range.start as u64 / BLOCK_SIZE;
+            let detail = match self.guest_address(broken.range.start) {
+                Some(address) => format!("at guest address {address:#x}: {}", broken.what),
+                None => format!("at pool offset {:#x}: {}", broken.range.start, broken.what),
+            };
+            log::error!("{}: memory error {detail}", self.receipt.lease);
+            self.lost
+                .entry(block)
+                .or_insert((QuarantineReason::MemoryError, detail));
+        }
+        let reported = broken.iter().map(|broken| {
+            let block = broken.range.start / BLOCK * BLOCK;
+            broken.reported.start.max(block)..broken.reported.end.min(block + BLOCK)
+        });
+        self.named = joined(self.named.drain(..).chain(reported));
+        bytes_in(broken.iter().map(|broken| broken.range.clone()))
+    }
+
     /// The guest address of an arena offset that belongs to this lease.
     fn guest_address(&self, offset: usize) -> Option<u64> {
         let segment = self
@@ -297,6 +324,7 @@ impl Steps<Dirty> {
             return;
         }
         let mut populated = Vec::new();
+        let mut broken: Vec<Range<usize>> = Vec::new();
         let mut answered = 0;
         let mut answer = |residency: Residency| {
             let held: usize = residency.populated.iter().map(Range::len).sum();
@@ -315,8 +343,17 @@ impl Steps<Dirty> {
             // Once more, block by block: one page that the kernel cannot supply must not cost the whole guest's memory.
             for one in pieces(std::slice::from_ref(part), BLOCK) {
                 let block = one.start as u64 / BLOCK_SIZE;
+                let whole = one.clone();
                 match self.pool.backing.residency(one) {
                     Ok(residency) => answer(residency),
+                    // The kernel has answered: it is broken.
+                    Err(error) if error.errno() == Some(libc::EHWPOISON) => {
+                        log::error!("block {block} quarantined: {error}");
+                        let why = (QuarantineReason::MemoryError, error.to_string());
+                        self.lost.insert(block, why);
+                        self.blocks.quarantine_blocks([block]);
+                        broken.push(whole);
+                    }
                     Err(error) => {
                         log::error!("block {block} quarantined, residency unknown: {error}");
                         let why = (QuarantineReason::ResidencyUnknown, error.to_string());
@@ -326,7 +363,8 @@ impl Steps<Dirty> {
                 }
             }
         }
-        self.answered = answered;
+        self.answered = answered + bytes_in(broken.iter().cloned());
+        self.named = joined(self.named.drain(..).chain(broken));
         populated.sort_by_key(|range| range.start);
         self.populated = populated;
         self.receipt.steps.residency_ns = nanos(begun.elapsed());
@@ -345,16 +383,33 @@ impl Steps<Dirty> {
     }
 
     pub(super) fn scrubbed(mut self, zeroed: &Zeroed) -> Steps<Scrubbed> {
+        self.not_zeroed = self.lose(zeroed.broken());
         self.receipt.bytes_scrubbed = zeroed.bytes();
         self.receipt.steps.scrub_ns = nanos(zeroed.time());
-        self.with_blocks(|blocks| blocks.scrubbed(zeroed))
+        let shareable = self.file.is_some();
+        let extents = self.receipt.blocks.clone();
+        self.with_blocks(|blocks| {
+            blocks.scrubbed(zeroed, |block| in_books(shareable, &extents, block))
+        })
     }
 }
 
 impl Steps<Scrubbed> {
+    /// Zeros were written anew to everything that can hold data now.
+    pub(super) fn zeroed_again(&mut self, zeroed: &Zeroed) {
+        self.not_zeroed = self.lose(zeroed.broken());
+        self.receipt.bytes_scrubbed = zeroed.bytes();
+        let shareable = self.file.is_some();
+        let extents = &self.receipt.blocks;
+        let broken = zeroed.broken().iter();
+        let blocks = broken.map(|broken| broken.range.start as u64 / BLOCK_SIZE);
+        self.blocks
+            .quarantine_blocks(blocks.map(|block| in_books(shareable, extents, block)));
+    }
+
     pub(super) fn verified(mut self, verdict: &Verdict) -> Steps<Verified> {
         self.receipt.bytes_verified = verdict.bytes();
-        self.failed_bytes = verdict.failed_bytes();
+        self.failed_bytes = verdict.failed_bytes() + self.lose(verdict.broken());
         self.receipt.steps.verify_ns = nanos(verdict.time());
         for failure in verdict.failures() {
             let detail = match self.guest_address(failure.offset) {
@@ -446,7 +501,8 @@ impl Steps<Verified> {
         let asked = asked_about(&self.segments, &self.lost);
         check("what the kernel was asked about", asked, self.answered)?;
         let populated = sum(&self.populated);
-        check("what was scrubbed", populated, receipt.bytes_scrubbed)?;
+        let treated = receipt.bytes_scrubbed + self.not_zeroed;
+        check("what was scrubbed", populated, treated)?;
 
         let totals = totals(&self.segments, &self.populated, &self.lost);
         let held = self.blocks.count() + self.set_aside();
@@ -480,7 +536,7 @@ impl Steps<Verified> {
         receipt.bytes_scrubbed = totals.scrubbed;
         receipt.bytes_never_populated = totals.never_populated;
         receipt.bytes_quarantined = totals.quarantined;
-        receipt.quarantined = quarantined_ranges(&self.segments, &self.lost, &self.pinned);
+        receipt.quarantined = quarantined_ranges(&self.segments, &self.lost, &self.named);
         receipt.outcome = match (totals.quarantined, receipt.verify) {
             (1.., _) => Outcome::Quarantined,
             (0, Verify::None) => Outcome::Unverified,

@@ -16,7 +16,7 @@ use super::extents::Extent;
 use super::ledger::{Account, Accounts, Ledger};
 use crate::BLOCK_SIZE;
 use crate::backing::{Refilled, Revoked};
-use crate::scrub::{Verdict, Zeroed};
+use crate::scrub::{Broken, Verdict, Zeroed};
 use std::marker::PhantomData;
 use std::sync::Arc;
 
@@ -168,13 +168,19 @@ impl Blocks<Leased> {
 
 impl Blocks<Dirty> {
     /// Zeros were written to everything that can hold data.
-    pub(crate) fn scrubbed(self, _proof: &Zeroed) -> Blocks<Scrubbed> {
+    /// Blocks with memory that could not be accessed are quarantined.
+    pub(crate) fn scrubbed(
+        mut self,
+        proof: &Zeroed,
+        in_books: impl Fn(u64) -> u64,
+    ) -> Blocks<Scrubbed> {
+        self.quarantine_blocks(blocks_of(proof.broken()).map(in_books));
         self.into_state()
     }
 }
 
 impl Blocks<Scrubbed> {
-    /// The zeros were read back. Blocks in which something else was found are quarantined; `in_books` finds them by the number
+    /// The zeros were read back. Blocks in which something else was found, or that could not be read, are quarantined; `in_books` finds them by the number
     /// of the block in the memory that was read.
     pub(crate) fn verified(
         mut self,
@@ -185,8 +191,10 @@ impl Blocks<Scrubbed> {
             verdict
                 .failures()
                 .iter()
-                .map(|failure| in_books(failure.offset as u64 / BLOCK_SIZE)),
+                .map(|failure| failure.offset as u64 / BLOCK_SIZE)
+                .map(&in_books),
         );
+        self.quarantine_blocks(blocks_of(verdict.broken()).map(in_books));
         self.into_state()
     }
 }
@@ -212,6 +220,13 @@ impl Blocks<Withheld> {
     pub(crate) fn replaced(mut self, _proofs: Vec<Refilled>) {
         self.ledger.replace(&std::mem::take(&mut self.extents));
     }
+}
+
+/// The blocks in which something is broken. Pieces do not cross the borders of blocks.
+fn blocks_of(broken: &[Broken]) -> impl Iterator<Item = u64> {
+    broken
+        .iter()
+        .map(|broken| broken.range.start as u64 / BLOCK_SIZE)
 }
 
 impl<S: State> Drop for Blocks<S> {

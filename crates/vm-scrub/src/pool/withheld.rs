@@ -245,7 +245,13 @@ fn scan(
     };
     run(&job);
     match job.settle(job.thread_time()) {
-        Some((_, verdict)) => Ok(verdict),
+        Some((_, verdict)) => match verdict.broken().first() {
+            None => Ok(verdict),
+            Some(broken) => Err(Kept::ForGood(format!(
+                "memory error at offset {:#x} of the file: {}",
+                broken.range.start, broken.what
+            ))),
+        },
         None => Err(Kept::Interrupted),
     }
 }

@@ -1,5 +1,6 @@
 //! Scrubbing memory that vm-scrub did not allocate, on the calling thread.
 
+use super::broken::joined;
 use super::engine::Engine;
 use super::job::Job;
 use super::pass::{HostPtr, Work};
@@ -54,6 +55,14 @@ pub enum ScrubError {
     },
     /// The environment variable `VM_SCRUB_LOOP` names no loop that runs here. Nothing was written.
     UnknownLoop(UnknownLoop),
+    /// Memory in the range could not be accessed: broken hardware, or a mapping of a file that has become shorter. Everything else
+    /// was set to zero and read back as the policy says, and nothing was given back to the kernel. Needs
+    /// [`memory_errors`](crate::memory_errors), or [`Policy::probe`].
+    MemoryError {
+        /// What could not be accessed, in bytes from the start of the range: pages or huge pages as far as they lie in it,
+        /// ascending, at least one. With [`memory_errors`](crate::memory_errors) they are inaccessible now.
+        ranges: Vec<Range<usize>>,
+    },
     /// Something else than zero was read back, also after a second attempt: another writer is at work, or the memory is
     /// broken. Treat the whole range as dirty.
     NotZero {
@@ -73,6 +82,13 @@ impl fmt::Display for ScrubError {
                  length that ends inside the address space"
             ),
             ScrubError::UnknownLoop(error) => write!(f, "VM_SCRUB_LOOP: {error}"),
+            ScrubError::MemoryError { ranges } => write!(
+                f,
+                "memory error at offset {:#x} ({} bytes in all could not be accessed; the rest was scrubbed): use that memory no \
+                 more",
+                ranges.first().map_or(0, |range| range.start),
+                ranges.iter().map(Range::len).sum::<usize>()
+            ),
             ScrubError::NotZero { offset, pieces } => write!(
                 f,
                 "the byte at offset {offset:#x} is not zero after two attempts ({pieces} pieces concerned): another \
@@ -119,7 +135,7 @@ pub fn scrub(memory: &mut [u8], policy: &Policy) -> Result<Scrubbed, ScrubError>
 /// # Errors
 ///
 /// [`ScrubError::InvalidRange`] and [`ScrubError::UnknownLoop`] before anything is written, [`ScrubError::NotZero`] if
-/// something else was read back.
+/// something else was read back, [`ScrubError::MemoryError`] if a part could not be accessed.
 ///
 /// # Safety
 ///
@@ -161,11 +177,24 @@ pub unsafe fn scrub_raw(
     let started = Instant::now();
     engine.run(&job, None);
     let (zeroed, verdict) = finish(&job, started.elapsed());
+    let broken = verdict.broken();
+    for range in joined(broken.iter().map(|broken| broken.replaced.clone())) {
+        let at = base.0.with_addr(range.start);
+        // SAFETY: nothing that could be accessed is there; the handler has put zeros in its place, which are nobody's.
+        if let Err(error) = unsafe { map::make_inaccessible(at, range.len()) } {
+            log::warn!("what stands for broken memory stays accessible: {error}");
+        }
+    }
     if let Some(first) = verdict.failures().first() {
         return Err(ScrubError::NotZero {
             offset: first.offset,
             pieces: verdict.failures().len(),
         });
+    }
+    if !broken.is_empty() {
+        let within = |range: &Range<usize>| range.start..range.end.min(len);
+        let ranges = joined(broken.iter().map(|broken| within(&broken.reported)));
+        return Err(ScrubError::MemoryError { ranges });
     }
     // SAFETY: the range is the caller's, and every byte of what is given back was zeroed.
     let bytes_returned = unsafe { give_back(base, len, &residency, policy.retain) };

@@ -31,6 +31,7 @@ enum Choice {
 pub(crate) struct Engine {
     workers: Workers,
     choice: Choice,
+    probe: bool,
     #[cfg(any(test, feature = "test-support"))]
     sabotage: Option<Sabotage>,
 }
@@ -62,7 +63,7 @@ impl Engine {
             Some(zero_loop) => Choice::Named(zero_loop),
             None => Choice::Measured(calibration()),
         };
-        Ok(Self::with(workers, choice))
+        Ok(Self::with(workers, choice, policy))
     }
 
     /// An engine on the calling thread that does not stop to measure.
@@ -72,13 +73,14 @@ impl Engine {
             (None, Some(calibration)) => Choice::Measured(calibration),
             (None, None) => Choice::Guessed(ZeroLoop::best_guess()),
         };
-        Ok(Self::with(Workers::caller(), choice))
+        Ok(Self::with(Workers::caller(), choice, policy))
     }
 
-    fn with(workers: Workers, choice: Choice) -> Self {
+    fn with(workers: Workers, choice: Choice, policy: &Policy) -> Self {
         Self {
             workers,
             choice,
+            probe: policy.probe,
             #[cfg(any(test, feature = "test-support"))]
             sabotage: None,
         }
@@ -142,6 +144,7 @@ impl Engine {
             verify_loop,
             verify,
             seed,
+            probe: self.probe,
             #[cfg(any(test, feature = "test-support"))]
             sabotage: self.sabotage,
         };

@@ -4,7 +4,8 @@
 //! when they are told to. The job is done when all bytes are; whoever sees that first may [settle](Job::settle) it.
 
 use super::batches::Batches;
-use super::pass::{Pass, Suspect, Tally, Work};
+use super::broken::{Broken, bytes_in};
+use super::pass::{Pass, Tally, Work};
 use super::workers::Workers;
 use crate::arch::{VerifyLoop, ZeroLoop};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -15,12 +16,18 @@ use std::time::{Duration, Instant};
 pub(crate) struct Zeroed {
     bytes: u64,
     time: Duration,
+    broken: Vec<Broken>,
 }
 
 impl Zeroed {
     /// How many bytes were zeroed.
     pub(crate) fn bytes(&self) -> u64 {
         self.bytes
+    }
+
+    /// What could not be accessed.
+    pub(crate) fn broken(&self) -> &[Broken] {
+        &self.broken
     }
 
     /// How long it took.
@@ -43,6 +50,7 @@ pub(crate) struct Verdict {
     failed_bytes: u64,
     failures: Vec<Failure>,
     time: Duration,
+    broken: Vec<Broken>,
 }
 
 impl Verdict {
@@ -54,6 +62,11 @@ impl Verdict {
     /// How many bytes are in pieces that stayed wrong after they had been scrubbed again.
     pub(crate) fn failed_bytes(&self) -> u64 {
         self.failed_bytes
+    }
+
+    /// What could not be accessed.
+    pub(crate) fn broken(&self) -> &[Broken] {
+        &self.broken
     }
 
     /// The pieces that stayed wrong, in ascending order.
@@ -190,27 +203,38 @@ impl Job {
             failed_bytes: 0,
             failures: Vec::new(),
             time: Duration::ZERO,
+            broken: Vec::new(),
         };
-        for Suspect { piece, offset } in suspects {
-            let again = match self.work {
+        let mut broken = self.tally.take_broken();
+        let mut zeroed = self.tally.zeroed();
+        for suspect in suspects {
+            let (again, mut more) = match self.work {
                 // What was proven to be zero and is not has a writer. To zero it would only hide that.
-                Work::Check => Err(offset),
+                Work::Check => (Err(suspect.offset), Vec::new()),
                 // SAFETY: the job's pieces are still nobody else's, and no other thread works on them once it is done.
-                _ => unsafe { self.pass.retry(self.work, &piece) },
+                _ => unsafe { self.pass.retry(self.work, &suspect.piece) },
             };
+            let lost = bytes_in(more.iter().map(|broken| broken.range.clone()));
+            broken.append(&mut more);
+            if self.work.zeroes() {
+                zeroed = zeroed.saturating_sub(lost);
+            }
+            let lost = suspect.broken + lost;
             match again {
-                Ok(bytes) => verdict.bytes += bytes,
+                Ok(bytes) => verdict.bytes += bytes.saturating_sub(lost),
                 Err(offset) => {
-                    verdict.failed_bytes += piece.len() as u64;
+                    verdict.failed_bytes += (suspect.piece.len() as u64).saturating_sub(lost);
                     verdict.failures.push(Failure { offset });
                 }
             }
         }
+        verdict.broken = broken.clone();
         verdict.failures.sort_by_key(|failure| failure.offset);
         verdict.time = reading + again.elapsed();
         let zeroed = Zeroed {
-            bytes: self.tally.zeroed(),
+            bytes: zeroed,
             time: zeroing,
+            broken,
         };
         Some((zeroed, verdict))
     }

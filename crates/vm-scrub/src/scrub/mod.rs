@@ -4,6 +4,7 @@
 //! engine, in parallel, and asks the kernel first which pages there are.
 
 mod batches;
+mod broken;
 mod calibrate;
 mod direct;
 mod engine;
@@ -15,6 +16,9 @@ mod residency;
 mod sample;
 mod workers;
 
+pub(crate) use broken::Broken;
+#[cfg(feature = "vm-memory")]
+pub(crate) use broken::{bytes_in, joined};
 pub use calibrate::{Calibration, Operation, Rate, calibration};
 pub use direct::{ScrubError, Scrubbed, scrub, scrub_raw};
 pub(crate) use engine::Engine;

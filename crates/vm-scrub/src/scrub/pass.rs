@@ -3,9 +3,11 @@
 //! A [`Pass`] is shared by all threads that work on a range, in whatever order they come. It takes no locks while memory is
 //! touched: pieces are disjoint, each is one thread's, and the results go into a [`Tally`].
 
+use super::broken::{Broken, bytes_in, sound_parts};
 use super::policy::Verify;
 use super::sample;
 use crate::arch::{VerifyLoop, ZeroLoop, flush_from_cache};
+use crate::sys::watched::{self, Watch};
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
@@ -35,6 +37,14 @@ pub enum Sabotage {
     SkipScrub,
     /// The last piece of the arena's first block is not zeroed.
     SkipChunk,
+    /// The page at this offset of the arena raises `SIGBUS` from when the piece that it is in is first worked on: a page of 4
+    /// KiB, or a hugetlb page where the memory consists of such.
+    BreakMemory {
+        /// In bytes.
+        offset: usize,
+        /// Not before it is only read.
+        late: bool,
+    },
 }
 
 /// Which halves of the work are to be done.
@@ -66,6 +76,8 @@ pub(crate) struct Pass {
     pub(crate) verify: Verify,
     /// Decides which lines a sample consists of.
     pub(crate) seed: u64,
+    /// Whether the kernel is asked before each piece whether it can be accessed.
+    pub(crate) probe: bool,
     #[cfg(any(test, feature = "test-support"))]
     pub(crate) sabotage: Option<Sabotage>,
 }
@@ -78,6 +90,7 @@ pub(crate) struct Tally {
     zeroing_ns: AtomicU64,
     reading_ns: AtomicU64,
     suspects: Mutex<Vec<Suspect>>,
+    broken: Mutex<Vec<Broken>>,
 }
 
 /// A piece that was not zero when it was read.
@@ -86,6 +99,17 @@ pub(crate) struct Suspect {
     pub(crate) piece: Range<usize>,
     /// Where the first byte that is not zero was found.
     pub(crate) offset: usize,
+    /// How many bytes of the piece are broken and counted as such.
+    pub(crate) broken: u64,
+}
+
+/// What one thread has found in a batch.
+#[derive(Debug, Default)]
+struct Found {
+    zeroed: u64,
+    read: u64,
+    suspects: Vec<Suspect>,
+    broken: Vec<Broken>,
 }
 
 impl Tally {
@@ -109,6 +133,24 @@ impl Tally {
         let nanos =
             self.zeroing_ns.load(Ordering::Relaxed) + self.reading_ns.load(Ordering::Relaxed);
         Duration::from_nanos(nanos)
+    }
+
+    /// What could not be accessed.
+    pub(crate) fn take_broken(&self) -> Vec<Broken> {
+        std::mem::take(&mut self.broken.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    fn add(&self, mut found: Found) {
+        self.zeroed.fetch_add(found.zeroed, Ordering::Relaxed);
+        self.read.fetch_add(found.read, Ordering::Relaxed);
+        if !found.suspects.is_empty() {
+            let mut suspects = self.suspects.lock().unwrap_or_else(PoisonError::into_inner);
+            suspects.append(&mut found.suspects);
+        }
+        if !found.broken.is_empty() {
+            let mut broken = self.broken.lock().unwrap_or_else(PoisonError::into_inner);
+            broken.append(&mut found.broken);
+        }
     }
 
     /// Counts `all` the time for a batch, divided in the ratio of `zeroing` to `reading`.
@@ -143,41 +185,92 @@ impl Pass {
     pub(crate) unsafe fn run(
         &self,
         work: Work,
-        mut pieces: impl Iterator<Item = Range<usize>>,
+        pieces: impl Iterator<Item = Range<usize>>,
         tally: &Tally,
     ) {
-        let Some(first) = pieces.next() else {
+        let begun = Instant::now();
+        let watch = watched::watch();
+        let mut times = None;
+        let mut found = Found::default();
+        for piece in pieces {
+            #[cfg(any(test, feature = "test-support"))]
+            self.break_memory(work, &piece);
+            // What is sealed cannot be written to, and that is what the kernel would be asked.
+            if !self.probe || work == Work::ReadSealed {
+                // SAFETY: passed on to the caller.
+                unsafe { self.run_one(work, &piece, watch.as_ref(), &mut times, &mut found) };
+                continue;
+            }
+            // SAFETY: passed on to the caller.
+            let mut broken = unsafe { Broken::by_asking(self.base, &piece) };
+            for part in sound_parts(&piece, &broken) {
+                // SAFETY: passed on to the caller.
+                unsafe { self.run_one(work, &part, watch.as_ref(), &mut times, &mut found) };
+            }
+            found.broken.append(&mut broken);
+        }
+        let Some((zeroing, reading)) = times else {
+            tally.add(found);
             return;
         };
-        let begun = Instant::now();
-        let (mut zeroed, mut read, mut suspects) = (0, 0, Vec::new());
-        let mut count = |piece: Range<usize>, outcome| {
-            if work.zeroes() {
-                zeroed += piece.len() as u64;
-            }
-            match outcome {
-                Ok(bytes) => read += bytes,
-                Err(offset) => suspects.push(Suspect { piece, offset }),
-            }
-        };
-        // SAFETY: passed on to the caller.
-        let (outcome, zeroing, reading) = unsafe { self.treat_and_time(work, &first) };
-        count(first, outcome);
-        for piece in pieces {
-            // SAFETY: passed on to the caller.
-            let outcome = unsafe { self.treat(work, &piece, &piece) };
-            count(piece, outcome);
-        }
         tally.add_time(zeroing, reading, begun.elapsed());
-        tally.zeroed.fetch_add(zeroed, Ordering::Relaxed);
-        tally.read.fetch_add(read, Ordering::Relaxed);
-        if !suspects.is_empty() {
-            tally
-                .suspects
-                .lock()
-                .unwrap_or_else(PoisonError::into_inner)
-                .append(&mut suspects);
+        tally.add(found);
+    }
+
+    /// Does `work` on one piece. The first time it is measured how the time divides.
+    ///
+    /// # Safety
+    /// As for [`Pass::run`].
+    unsafe fn run_one(
+        &self,
+        work: Work,
+        piece: &Range<usize>,
+        watch: Option<&Watch>,
+        times: &mut Option<(Duration, Duration)>,
+        found: &mut Found,
+    ) {
+        let treat = || {
+            if times.is_some() {
+                // SAFETY: passed on to the caller.
+                return unsafe { self.treat(work, piece, piece) };
+            }
+            // SAFETY: passed on to the caller.
+            let (outcome, zeroing, reading) = unsafe { self.treat_and_time(work, piece) };
+            *times = Some((zeroing, reading));
+            outcome
+        };
+        let (outcome, mut broken) = self.watched(watch, piece, treat);
+        let lost = bytes_in(broken.iter().map(|broken| broken.range.clone()));
+        found.broken.append(&mut broken);
+        if work.zeroes() {
+            found.zeroed += piece.len() as u64 - lost;
         }
+        match outcome {
+            Ok(bytes) => found.read += bytes.saturating_sub(lost),
+            Err(offset) => found.suspects.push(Suspect {
+                piece: piece.clone(),
+                offset,
+                broken: lost,
+            }),
+        }
+    }
+
+    /// Calls `treat`, which accesses `piece`, and says what of it raised `SIGBUS` meanwhile.
+    fn watched<T>(
+        &self,
+        watch: Option<&Watch>,
+        piece: &Range<usize>,
+        treat: impl FnOnce() -> T,
+    ) -> (T, Vec<Broken>) {
+        let Some(watch) = watch else {
+            return (treat(), Vec::new());
+        };
+        let (done, bad) = watch.over(self.base.at(piece.start).addr(), piece.len(), treat);
+        let broken = bad
+            .into_iter()
+            .map(|bad| Broken::of_signal(self.base, piece, bad))
+            .collect();
+        (done, broken)
     }
 
     /// Treats a piece, and says how long zeroing and reading took at its beginning: where the two take turns, asking for the
@@ -254,18 +347,35 @@ impl Pass {
         }
     }
 
-    /// Scrubs a suspect piece once more, where that is possible. `Ok` is the number of bytes that were read and are zero,
-    /// `Err` the offset of the first one that still is not.
+    /// Scrubs a suspect piece once more, where that is possible. `Ok` is the number of bytes that were read and are zero, `Err` the offset of the
+    /// first one that still is not; and what of it is broken.
     ///
     /// # Safety
     /// As for [`Pass::run`].
-    pub(crate) unsafe fn retry(&self, work: Work, piece: &Range<usize>) -> Result<u64, usize> {
-        if work != Work::ReadSealed && !self.skips(piece) {
+    pub(crate) unsafe fn retry(
+        &self,
+        work: Work,
+        piece: &Range<usize>,
+    ) -> (Result<u64, usize>, Vec<Broken>) {
+        self.watched(watched::watch().as_ref(), piece, || {
+            if work != Work::ReadSealed && !self.skips(piece) {
+                // SAFETY: passed on to the caller.
+                unsafe { self.zero(piece) };
+            }
             // SAFETY: passed on to the caller.
-            unsafe { self.zero(piece) };
+            unsafe { self.read_back(piece) }
+        })
+    }
+
+    /// Breaks the memory of the piece, if it is to be broken.
+    #[cfg(any(test, feature = "test-support"))]
+    fn break_memory(&self, work: Work, piece: &Range<usize>) {
+        if let Some(Sabotage::BreakMemory { offset, late }) = self.sabotage
+            && piece.contains(&offset)
+            && !(late && work.zeroes())
+        {
+            crate::test_support::break_memory(self.base.at(offset));
         }
-        // SAFETY: passed on to the caller.
-        unsafe { self.read_back(piece) }
     }
 
     /// Sets the range to zero. The loop fences its own streaming stores, on this thread, before it returns.
@@ -280,7 +390,7 @@ impl Pass {
         match self.sabotage {
             Some(Sabotage::SkipScrub) => return true,
             Some(Sabotage::SkipChunk) => return piece.end == crate::BLOCK_SIZE as usize,
-            None => {}
+            Some(Sabotage::BreakMemory { .. }) | None => {}
         }
         let _ = piece;
         false

@@ -59,6 +59,10 @@ pub enum Call {
     UffdRegister,
     /// `ioctl(2)` `UFFDIO_MOVE`.
     UffdMove,
+    /// `rt_sigaction(2)` of `SIGBUS`.
+    Sigaction,
+    /// `mmap(2)` over memory that raised `SIGBUS`. Planned faults are not counted: they are met in a signal handler.
+    MmapOver,
     /// `setpriority(2)` of the background thread.
     SetPriority,
     /// `read(2)` of a list in `/sys/devices/system/node`.
@@ -102,6 +106,8 @@ impl Call {
         Call::UffdApi,
         Call::UffdRegister,
         Call::UffdMove,
+        Call::Sigaction,
+        Call::MmapOver,
         Call::SetPriority,
         Call::NodeRead,
         Call::StatusRead,
@@ -138,6 +144,8 @@ impl Call {
             Call::UffdApi => "ioctl(UFFDIO_API)",
             Call::UffdRegister => "ioctl(UFFDIO_REGISTER)",
             Call::UffdMove => "ioctl(UFFDIO_MOVE)",
+            Call::Sigaction => "rt_sigaction",
+            Call::MmapOver => "mmap(MAP_FIXED) in a signal handler",
             Call::SetPriority => "setpriority",
             Call::NodeRead => "read(/sys/devices/system/node)",
             Call::StatusRead => "read(/proc/thread-self/status)",

@@ -12,9 +12,11 @@ pub(crate) mod memfd;
 pub(crate) mod numa;
 pub(crate) mod pagemap;
 pub(crate) mod procmap;
+pub(crate) mod sigbus;
 pub(crate) mod thread;
 pub(crate) mod touch;
 pub(crate) mod userfaultfd;
+pub(crate) mod watched;
 
 use std::fmt;
 use std::io;
