@@ -71,7 +71,7 @@ initramfs() {
     while read -r name; do
         cp "${programs[$name]}" "$dir/tests/$name"
     done <"$dir/order"
-    for module in irqbypass kvm kvm-amd; do
+    for module in irqbypass kvm kvm-amd brd; do
         module=$(find "$cache/linux-$1" -name "$module.ko*")
         case $module in
             *.xz) "$busybox" xzcat "$module" >"$dir/modules/$(basename "$module" .xz)" ;;

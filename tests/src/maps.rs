@@ -156,20 +156,30 @@ pub fn is_writable(address: usize, mut value: u8) -> bool {
     written == 1
 }
 
-/// Bytes that are populated in `range`, by `/proc/self/pagemap`: present or swapped out, one entry a page.
+/// Bytes that are populated in `range`, by `/proc/self/pagemap`: present or swapped out.
 pub fn populated_bytes(range: Range<usize>) -> u64 {
+    // Documentation/admin-guide/mm/pagemap.rst: bit 63 is present, bit 62 is swapped.
+    bytes_with(range, 3 << 62)
+}
+
+/// Bytes that are swapped out in `range`, or whose pages the hardware has lost.
+pub fn swapped_bytes(range: Range<usize>) -> u64 {
+    bytes_with(range, 1 << 62)
+}
+
+/// Bytes in pages whose entry has one of the `bits`.
+fn bytes_with(range: Range<usize>, bits: u64) -> u64 {
     use std::os::unix::fs::FileExt;
     let pagemap = fs::File::open("/proc/self/pagemap").expect("a process can read its own pagemap");
     let mut entries = vec![0_u8; range.len() / 4096 * 8];
     pagemap
         .read_exact_at(&mut entries, (range.start / 4096 * 8) as u64)
         .expect("pagemap has an entry for each page");
-    let populated = entries
+    let pages = entries
         .as_chunks::<8>()
         .0
         .iter()
-        // Documentation/admin-guide/mm/pagemap.rst: bit 63 is present, bit 62 is swapped.
-        .filter(|entry| u64::from_ne_bytes(**entry) >> 62 != 0)
+        .filter(|entry| u64::from_ne_bytes(**entry) & bits != 0)
         .count();
-    populated as u64 * 4096
+    pages as u64 * 4096
 }

@@ -70,7 +70,12 @@ fn is_made_a_test(source: &str, name: &str) -> bool {
     let is_function = source
         .lines()
         .any(|line| declared(line, "fn ") == Some(name));
-    let macros = ["on_every_page_size!", "on_small_page_sizes!", "\nwalks!"];
+    let macros = [
+        "on_every_page_size!",
+        "on_small_page_sizes!",
+        "\nwalks!",
+        "\nby_page_size!",
+    ];
     let mut lists = macros.iter().flat_map(|of| source.split(of).skip(1));
     let is_given = lists.any(|list| {
         let end = list.find([';', '}']).unwrap_or(list.len());

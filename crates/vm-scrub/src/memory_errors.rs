@@ -28,7 +28,8 @@
 //!   that nobody takes zeros for what was there. A huge page (hugetlb) is replaced as a whole, also what of it lies outside the
 //!   range, which could not be accessed either.
 //! - Where the kernel does not allow the replacement (a limit on mappings or on address space, a seccomp filter that forbids
-//!   `mmap(2)`), the signal goes where it went before.
+//!   `mmap(2)`), the signal goes where it went before. So it does for hugetlb memory that is given to `scrub_raw` on kernels
+//!   that refuse to replace a part of a huge page in the same words (6.1 does; 6.12 does not).
 //! - A thread that blocks `SIGBUS` is ended by the kernel whatever handler there is. A pool's threads inherit the mask of the
 //!   thread that builds the pool.
 //! - Guests that run on broken memory, and the VMM's own accesses to it: that is the VMM's to handle. So is a handler that is

@@ -276,12 +276,14 @@ impl PoolBuilder {
                     source: Some(error),
                 },
             })?;
+        // No truncation: 2 MiB at most.
+        let page = self.page_size.granularity() as usize;
         #[cfg_attr(
             not(any(test, feature = "test-support")),
             expect(unused_mut, reason = "only sabotage changes it")
         )]
         let mut engine =
-            Engine::calibrated(workers, &self.policy).map_err(PoolError::UnknownLoop)?;
+            Engine::calibrated(workers, &self.policy, page).map_err(PoolError::UnknownLoop)?;
         #[cfg(any(test, feature = "test-support"))]
         if let Some(sabotage) = self.sabotage {
             engine.sabotage(sabotage);

@@ -32,6 +32,8 @@ pub(crate) struct Engine {
     workers: Workers,
     choice: Choice,
     probe: bool,
+    /// The size of the pages, in bytes, as far as it is known: 4 KiB or more.
+    page: usize,
     #[cfg(any(test, feature = "test-support"))]
     sabotage: Option<Sabotage>,
 }
@@ -56,31 +58,36 @@ fn operation(verify: Verify, work: Work) -> Operation {
 }
 
 impl Engine {
-    /// An engine that measures which loop is fastest, if no policy says it and nobody has measured yet: once in a process, for
-    /// at most 50 ms.
-    pub(crate) fn calibrated(workers: Workers, policy: &Policy) -> Result<Self, UnknownLoop> {
+    /// An engine for memory in pages of `page` bytes that measures which loop is fastest, if no policy says it and nobody has
+    /// measured yet: once in a process, for at most 50 ms.
+    pub(crate) fn calibrated(
+        workers: Workers,
+        policy: &Policy,
+        page: usize,
+    ) -> Result<Self, UnknownLoop> {
         let choice = match named(policy)? {
             Some(zero_loop) => Choice::Named(zero_loop),
             None => Choice::Measured(calibration()),
         };
-        Ok(Self::with(workers, choice, policy))
+        Ok(Self::with(workers, choice, policy, page))
     }
 
-    /// An engine on the calling thread that does not stop to measure.
+    /// An engine on the calling thread, for memory of any origin, that does not stop to measure.
     pub(crate) fn immediate(policy: &Policy) -> Result<Self, UnknownLoop> {
         let choice = match (named(policy)?, Calibration::if_done()) {
             (Some(zero_loop), _) => Choice::Named(zero_loop),
             (None, Some(calibration)) => Choice::Measured(calibration),
             (None, None) => Choice::Guessed(ZeroLoop::best_guess()),
         };
-        Ok(Self::with(Workers::caller(), choice, policy))
+        Ok(Self::with(Workers::caller(), choice, policy, 4096))
     }
 
-    fn with(workers: Workers, choice: Choice, policy: &Policy) -> Self {
+    fn with(workers: Workers, choice: Choice, policy: &Policy, page: usize) -> Self {
         Self {
             workers,
             choice,
             probe: policy.probe,
+            page,
             #[cfg(any(test, feature = "test-support"))]
             sabotage: None,
         }
@@ -145,6 +152,7 @@ impl Engine {
             verify,
             seed,
             probe: self.probe,
+            page: self.page,
             #[cfg(any(test, feature = "test-support"))]
             sabotage: self.sabotage,
         };

@@ -78,6 +78,8 @@ pub(crate) struct Pass {
     pub(crate) seed: u64,
     /// Whether the kernel is asked before each piece whether it can be accessed.
     pub(crate) probe: bool,
+    /// The size of the pages, in bytes, as far as it is known: a whole one is lost when a part cannot be accessed.
+    pub(crate) page: usize,
     #[cfg(any(test, feature = "test-support"))]
     pub(crate) sabotage: Option<Sabotage>,
 }
@@ -189,7 +191,7 @@ impl Pass {
         tally: &Tally,
     ) {
         let begun = Instant::now();
-        let watch = watched::watch();
+        let watch = watched::watch(self.page);
         let mut times = None;
         let mut found = Found::default();
         for piece in pieces {
@@ -357,7 +359,7 @@ impl Pass {
         work: Work,
         piece: &Range<usize>,
     ) -> (Result<u64, usize>, Vec<Broken>) {
-        self.watched(watched::watch().as_ref(), piece, || {
+        self.watched(watched::watch(self.page).as_ref(), piece, || {
             if work != Work::ReadSealed && !self.skips(piece) {
                 // SAFETY: passed on to the caller.
                 unsafe { self.zero(piece) };

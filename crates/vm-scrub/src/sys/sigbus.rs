@@ -132,7 +132,8 @@ unsafe fn recover(info: *const libc::siginfo_t) -> bool {
         let lsb = unsafe { info.cast::<u8>().add(ADDRESS_LSB).cast::<i16>().read() };
         shift = u8::try_from(lsb).unwrap_or(0).min(30);
     }
-    let page = PAGE.load(Ordering::Relaxed);
+    // Some kernels say `ENOMEM` when a part of a huge page is to be replaced, and others may be meant by that.
+    let page = PAGE.load(Ordering::Relaxed).max(interrupted.page());
     for granule in GRANULES {
         let start = address & !(granule - 1);
         if granule < page {

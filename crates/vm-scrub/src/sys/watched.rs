@@ -41,6 +41,8 @@ struct Record {
     start: AtomicUsize,
     /// Not above `start` while nothing is watched.
     end: AtomicUsize,
+    /// The size of the pages, in bytes: less is not replaced.
+    page: AtomicUsize,
     /// How many notes there would be, had they all found room.
     noted: AtomicUsize,
     notes: [Note; NOTES],
@@ -85,6 +87,7 @@ fn acquire() -> &'static Record {
         owner: AtomicUsize::new(me),
         start: AtomicUsize::new(0),
         end: AtomicUsize::new(0),
+        page: AtomicUsize::new(0),
         noted: AtomicUsize::new(0),
         notes: std::array::from_fn(|_| Note::default()),
         helpless: AtomicBool::new(false),
@@ -124,8 +127,9 @@ pub(crate) struct Watch {
     once: bool,
 }
 
-/// `None` while there is no handler that would look.
-pub(crate) fn watch() -> Option<Watch> {
+/// The record of this thread, which is to work on memory in pages of `page` bytes, or more where that is not known. `None` while
+/// there is no handler that would look.
+pub(crate) fn watch(page: usize) -> Option<Watch> {
     if !ON.load(Ordering::Acquire) {
         return None;
     }
@@ -138,6 +142,7 @@ pub(crate) fn watch() -> Option<Watch> {
     let record = kept.unwrap_or_else(|_| acquire());
     // A forked child's only thread goes on with what its parent's thread had.
     record.owner.store(this_thread(), Ordering::Relaxed);
+    record.page.store(page, Ordering::Relaxed);
     let helpless = fault::is_planned(Call::MmapOver);
     record.helpless.store(helpless, Ordering::Relaxed);
     Some(Watch { record, once })
@@ -213,6 +218,11 @@ impl Interrupted {
     /// Whether a test wants that nothing can be mapped.
     pub(super) fn is_helpless(&self) -> bool {
         self.0.helpless.load(Ordering::Relaxed)
+    }
+
+    /// The size of the pages, in bytes, or less.
+    pub(super) fn page(&self) -> usize {
+        self.0.page.load(Ordering::Relaxed)
     }
 
     /// Notes that `[start, start + len)` was replaced, because of an error in `2^shift` bytes around. Async-signal-safe.
