@@ -154,9 +154,12 @@ fn label(row: &Row) -> String {
             } else {
                 "not "
             };
-            let way = row.labels.unusual_revocation();
-            let way = way.map_or(String::new(), |way| format!(", {way}"));
-            format!("{name}, {not}verified{way}")
+            // Beside the plot there is room for so much; the heading says who that is.
+            let who = match row.labels.unusual_revocation() {
+                Some(_) => "by mremap",
+                None => name,
+            };
+            format!("{who}, {not}verified")
         }
         _ => name.clone(),
     }

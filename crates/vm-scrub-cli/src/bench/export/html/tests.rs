@@ -2,7 +2,9 @@
 
 use super::super::samples;
 use super::*;
+use crate::bench::row::Labels;
 use roxmltree::Document;
+use vm_scrub::{PageSize, Revocation, Verify};
 
 fn exported() -> String {
     String::from_utf8(Html.export(&samples::results()).expect("exported")).expect("text")
@@ -104,5 +106,52 @@ fn every_coordinate_is_inside_its_plot() {
                 }
             }
         }
+    }
+}
+
+#[test]
+fn labels_have_room_beside_their_bars() {
+    // A letter of the font in use, on average, if it is bold.
+    const LETTER: f64 = 7.3;
+    let mut results = samples::results();
+    for verify in [Verify::Full, Verify::None] {
+        let labels = Labels {
+            revocation: Some(Revocation::Mremap),
+            page_size: Some(PageSize::Base4K),
+            ..samples::labels("vm-scrub", verify)
+        };
+        let group = "1 GiB, 4k, 2 threads";
+        let row = samples::row(
+            Benchmark::Turnaround,
+            group,
+            labels,
+            [9.0, 10.0, 10.0, 12.0],
+        );
+        results.rows.push(row);
+    }
+    let page = String::from_utf8(Html.export(&results).expect("exported")).expect("text");
+    let xml = as_xml(&page);
+    let page = Document::parse(&xml).expect("well-formed");
+    let labels: Vec<_> = page
+        .descendants()
+        .filter(|node| {
+            node.attribute("class")
+                .is_some_and(|class| class == "label end")
+        })
+        .collect();
+    let text = |label: &roxmltree::Node<'_, '_>| label.text().unwrap_or_default().to_owned();
+    assert!(
+        labels.iter().any(|label| text(label).contains("by mremap")),
+        "{:?}",
+        labels.iter().map(text).collect::<Vec<_>>()
+    );
+    for label in &labels {
+        let end: f64 = label
+            .attribute("x")
+            .expect("a place")
+            .parse()
+            .expect("a number");
+        let width = text(label).chars().count() as f64 * LETTER;
+        assert!(width <= end, "`{}` begins outside of the plot", text(label));
     }
 }
