@@ -67,7 +67,11 @@ fn columns(rows: &[Row]) -> Vec<Column> {
         }),
         ("revoked by".into(), |row| match row.labels.revocation {
             None => String::new(),
-            Some(way) => format!("{way:?}").to_lowercase(),
+            // By the name that it has in JSON and in the README.
+            Some(way) => serde_json::to_value(way)
+                .ok()
+                .and_then(|name| Some(name.as_str()?.to_owned()))
+                .unwrap_or_default(),
         }),
         ("threads".into(), |row| row.labels.threads.to_string()),
         ("touched".into(), |row| {
@@ -133,5 +137,25 @@ pub(crate) fn baseline(rows: &[Row]) -> String {
         [one] => format!("{one} = 1"),
         // Fused loops are compared each with its own.
         _ => "separate = 1".into(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::bench::args::Benchmark;
+    use crate::bench::export::samples;
+    use crate::bench::row::Labels;
+    use vm_scrub::Revocation;
+
+    #[test]
+    fn ways_to_revoke_have_the_names_that_json_has() {
+        let labels = Labels {
+            revocation: Some(Revocation::ViewReplaced),
+            ..samples::labels("vm-scrub", Verify::Full)
+        };
+        let row = samples::row(Benchmark::Turnaround, "1 GiB, 2m", labels, [1.0; 4]);
+        let table = Table::of(&[row]);
+        assert!(table.rows[0].contains(&"view-replaced".into()), "{table:?}");
     }
 }
