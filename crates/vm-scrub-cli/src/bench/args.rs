@@ -103,7 +103,7 @@ pub(crate) struct BenchArgs {
     pub(crate) benchmark: Selection,
 
     /// Memory of a guest, a multiple of 2 MiB (K, M, G and KiB, MiB, GiB are powers of 1024). `turnaround` needs about six
-    /// times as much
+    /// times as much, eight times with 4 KiB pages
     #[arg(long, value_name = "SIZE", default_value = "1G", value_parser = memory_size)]
     pub(crate) memory: u64,
 
@@ -179,12 +179,12 @@ fn seconds(text: &str) -> Result<Duration, String> {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
     use crate::args::{Args, Command};
     use clap::Parser;
 
-    fn parse(line: &str) -> Result<BenchArgs, clap::Error> {
+    pub(crate) fn parse(line: &str) -> Result<BenchArgs, clap::Error> {
         let words = ["vm-scrub", "bench"].into_iter().chain(line.split(' '));
         match Args::try_parse_from(words)?.command {
             Command::Bench(args) => Ok(args),

@@ -150,7 +150,7 @@ fn what_cannot_be_done_ends_with_1() {
         text(&json),
     ]);
     if too_much.status.code() == Some(0) {
-        eprintln!("SKIPPED: this host has six times 64 GiB");
+        eprintln!("SKIPPED: this host has eight times 64 GiB");
         return;
     }
     assert_eq!(too_much.status.code(), Some(1));

@@ -21,9 +21,11 @@ use std::cell::RefCell;
 use std::rc::Rc;
 use vm_scrub::{PageSize, RevokeBy, Verify};
 
-/// vm-scrub, with and without verification, have a pool each; the three ways through the kernel have memory of their own;
-/// the three that write zeros share theirs. (Small pages, of which vm-scrub has four pools, are not reserved beforehand.)
-const MEMORIES: u64 = 2 + 3 + 1;
+/// How many times a guest's memory is there at once: vm-scrub has a pool for each way to revoke, with and without
+/// verification; the three ways through the kernel have memory of their own; the three that write zeros share theirs.
+fn memories(page_size: PageSize) -> u64 {
+    2 * ways(page_size).len() as u64 + 3 + 1
+}
 
 /// What everybody is compared with.
 const BASELINE: &str = MUNMAP.0;
@@ -55,7 +57,7 @@ fn ways(page_size: PageSize) -> &'static [RevokeBy] {
 }
 
 fn build(settings: &Settings, page_size: PageSize) -> anyhow::Result<Built> {
-    let keep = memory::reserve(page_size, settings.memory * MEMORIES)?;
+    let keep = memory::reserve(page_size, settings.memory * memories(page_size))?;
     let team = Rc::new(Team::new(settings.threads)?);
     let len = usize::try_from(settings.memory)?;
     let labels = |name: &str, verify, threads| Labels {
@@ -112,6 +114,25 @@ mod tests {
 
     /// Eight small pages for each contender: enough to see whether it works.
     const LEN: usize = 2 * memory::HUGE;
+
+    #[test]
+    fn enough_is_asked_for_before_anything_is_populated() {
+        let contenders = |page_size| {
+            let args = crate::bench::args::tests::parse("turnaround --memory 2M --threads 1");
+            let settings = Settings::new(&args.expect("good arguments"));
+            match build(&settings, page_size).expect("memory") {
+                Built::Ready(group) => group.contenders.len() as u64,
+                Built::Skipped(reason) => panic!("{reason}"),
+            }
+        };
+        // Three of them share their memory.
+        for page_size in [PageSize::Base4K, PageSize::Transparent] {
+            assert!(
+                memories(page_size) >= contenders(page_size) - 2,
+                "{page_size}"
+            );
+        }
+    }
 
     fn cycle(subject: &mut dyn Subject) -> anyhow::Result<()> {
         subject.prepare()?;
