@@ -1,5 +1,7 @@
 //! What a pool's policy changes: how much is read back, and by which loop memory is zeroed.
 
+use std::ffi::OsStr;
+use std::os::unix::ffi::OsStrExt;
 use vm_scrub::lease::Outcome;
 use vm_scrub::test_support::{Sabotage, build_sabotaged};
 use vm_scrub::{BLOCK_SIZE, PageSize, Policy, Pool, PoolError, ScrubReceipt, Verify};
@@ -104,5 +106,9 @@ fn the_environment_names_the_loop() {
         let error = vm_scrub::scrub(&mut memory, &Policy::new()).unwrap_err();
         assert!(error.to_string().contains("VM_SCRUB_LOOP"), "{error}");
         assert_eq!(memory, [1; 64], "nothing was written");
+        // SAFETY: as above.
+        unsafe { std::env::set_var("VM_SCRUB_LOOP", OsStr::from_bytes(b"portable\xff")) };
+        let error = pools::builder(PageSize::Base4K, 1).build().unwrap_err();
+        assert!(matches!(error, PoolError::UnknownLoop(_)), "no name at all");
     });
 }

@@ -7,6 +7,7 @@ use super::pass::{HostPtr, Pass, Work};
 use super::policy::{Policy, Verify};
 use super::workers::Workers;
 use crate::arch::{UnknownLoop, VerifyLoop, ZeroLoop};
+use std::env::VarError;
 use std::ops::Range;
 
 #[cfg(any(test, feature = "test-support"))]
@@ -44,7 +45,9 @@ fn named(policy: &Policy) -> Result<Option<ZeroLoop>, UnknownLoop> {
     }
     match std::env::var(LOOP_VARIABLE) {
         Ok(name) if !name.is_empty() => ZeroLoop::by_name(&name).map(Some),
-        _ => Ok(None),
+        Ok(_) | Err(VarError::NotPresent) => Ok(None),
+        // No loop has such a name, and the error says so.
+        Err(VarError::NotUnicode(name)) => ZeroLoop::by_name(&name.to_string_lossy()).map(Some),
     }
 }
 
