@@ -10,12 +10,20 @@ mod format;
 mod signals;
 
 use args::{Args, Command};
-use clap::Parser;
+use clap::error::ErrorKind;
+use clap::{CommandFactory, Parser};
 use std::io::{self, Write};
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
     let args = Args::parse();
+    if let Command::Bench(bench) = &args.command
+        && let Err(why) = bench.check()
+    {
+        Args::command()
+            .error(ErrorKind::ArgumentConflict, why)
+            .exit();
+    }
     env_logger::Builder::from_env(env_logger::Env::default().default_filter_or("error")).init();
     let done = match args.command {
         Command::Demo(demo) => demo::run(&demo),

@@ -156,6 +156,33 @@ pub(crate) struct BenchArgs {
     pub(crate) json: bool,
 }
 
+impl BenchArgs {
+    /// Refuses what can be said and makes no sense together.
+    pub(crate) fn check(&self) -> Result<(), String> {
+        if self.export_svg.is_some()
+            && !self.benchmark.benchmarks().contains(&Benchmark::Turnaround)
+        {
+            return Err("--export-svg draws `turnaround`, which is not measured: ask for `turnaround` or `all`, or use --export-html".into());
+        }
+        let files = [
+            &self.export_json,
+            &self.export_csv,
+            &self.export_markdown,
+            &self.export_html,
+            &self.export_svg,
+        ];
+        let mut files: Vec<&PathBuf> = files.into_iter().flatten().collect();
+        files.sort();
+        match files.windows(2).find(|pair| pair[0] == pair[1]) {
+            Some(pair) => Err(format!(
+                "{} is to have two formats: name a file for each",
+                pair[0].display()
+            )),
+            None => Ok(()),
+        }
+    }
+}
+
 fn memory_size(text: &str) -> Result<u64, String> {
     let bytes = parse_size::Config::new()
         .with_binary()

@@ -121,6 +121,14 @@ fn bad_arguments_end_with_2() {
         &["turnaround", "--threads", "0"],
         &["sparse", "--min-time", "soon"],
         &["guest", "--export-json"],
+        &["loops", "--export-svg", "/nowhere/at/all.svg"],
+        &[
+            "all",
+            "--export-csv",
+            "/nowhere/a",
+            "--export-json",
+            "/nowhere/a",
+        ],
     ] {
         let output = bench(arguments);
         assert_eq!(output.status.code(), Some(2), "{arguments:?}");
