@@ -120,11 +120,11 @@ pub(crate) struct BenchArgs {
     pub(crate) runs: Option<u32>,
 
     /// Seconds for which each contender is timed at least, unless --runs is given
-    #[arg(long, value_name = "SECONDS", default_value = "0.3", value_parser = seconds)]
+    #[arg(long, value_name = "SECONDS", default_value = "0.3", allow_negative_numbers = true, value_parser = seconds)]
     pub(crate) min_time: Duration,
 
     /// Seconds after which no further runs are begun in a group of contenders
-    #[arg(long, value_name = "SECONDS", default_value = "120", value_parser = seconds)]
+    #[arg(long, value_name = "SECONDS", default_value = "120", allow_negative_numbers = true, value_parser = seconds)]
     pub(crate) max_time: Duration,
 
     /// Runs of each contender that are not counted [default: until it gets no faster, at most 5]
@@ -256,6 +256,11 @@ pub(super) mod tests {
         ] {
             assert_eq!(parse(bad).expect_err(bad).exit_code(), 2, "{bad}");
         }
+        let negative = parse("loops --min-time -1").expect_err("less than nothing");
+        assert!(
+            negative.to_string().contains("between 0 and 86400"),
+            "{negative}"
+        );
     }
 
     #[test]
