@@ -69,14 +69,12 @@ fn every_level_but_none_catches_a_scrubber_that_does_nothing() {
 #[test]
 fn a_measured_loop_comes_with_its_rates_and_a_named_one_without() {
     let receipt = generation(&with(Policy::new()));
-    // On a machine that is busy enough the time for measuring is over before it has begun.
-    if vm_scrub::calibration().rates().count() > 0 {
-        let fastest = receipt
-            .calibration
-            .iter()
-            .max_by_key(|rate| rate.bytes_per_second);
-        assert_eq!(fastest.unwrap().loop_name, receipt.zero_loop);
-    }
+    // However busy the machine is, the smallest size is measured.
+    let fastest = receipt
+        .calibration
+        .iter()
+        .max_by_key(|rate| rate.bytes_per_second);
+    assert_eq!(fastest.unwrap().loop_name, receipt.zero_loop);
 
     for zero_loop in vm_scrub::arch::ZeroLoop::available() {
         let pool = with(Policy::new().zero_loop(zero_loop));
