@@ -11,6 +11,11 @@ const RUN: &str = "VM_SCRUB_TEST_CHILD";
 /// What a child says that ends in the middle of its test.
 const DONE: &str = "the child came to its end\n";
 
+/// The test for which this process was started, if it was for one.
+pub(crate) fn running() -> Option<String> {
+    std::env::var(RUN).ok()
+}
+
 /// Runs `body` in a process of its own and panics if that fails. `test` is the path of the calling test, as
 /// `cargo test -- --list` prints it.
 ///

@@ -30,7 +30,7 @@ impl HugePages {
                 _lock: lock,
             }),
             Err(error) => {
-                crate::kvm::skipped(&error);
+                crate::skipped(&error);
                 None
             }
         }
@@ -46,7 +46,7 @@ fn lock(kind: libc::c_int) -> Option<File> {
         .truncate(false)
         .write(true)
         .open(&path)
-        .inspect_err(|error| crate::kvm::skipped(&format!("{}: {error}", path.display())))
+        .inspect_err(|error| crate::skipped(&format!("{}: {error}", path.display())))
         .ok()?;
     // SAFETY: flock on a descriptor that is open.
     let status = unsafe { libc::flock(file.as_raw_fd(), kind) };

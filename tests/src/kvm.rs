@@ -29,25 +29,16 @@ pub const ABOVE_HOLE: u64 = 4 << 30;
 /// Runs a test of KVM guests in memory of these pages, or says that it is skipped and why.
 pub fn run(page_size: PageSize, test: impl FnOnce(PageSize)) {
     if let Err(error) = kvm_usable() {
-        return skipped(&error);
+        return crate::skipped(&error);
     }
     let _watchdog = watchdog(TEST_LIMIT);
     test(page_size);
 }
 
-/// Says that the calling test is skipped, past the test harness, which would keep it to itself.
-pub fn skipped(reason: &dyn std::fmt::Display) {
-    let _ = writeln!(stderr(), "\nSKIPPED {}: {reason}", name());
-}
-
-fn name() -> String {
-    thread::current().name().unwrap_or("test").to_owned()
-}
-
 /// Ends the process if what is returned is not dropped within `limit`.
 #[must_use = "the clock is stopped by dropping this"]
 pub fn watchdog(limit: Duration) -> mpsc::Sender<()> {
-    let name = name();
+    let name = crate::skip::name();
     let (alive, watched) = mpsc::channel();
     thread::spawn(move || {
         if watched.recv_timeout(limit) == Err(RecvTimeoutError::Timeout) {

@@ -15,6 +15,7 @@ pub mod peer;
 pub mod pinned;
 pub mod pools;
 pub mod seccomp;
+mod skip;
 pub mod walk;
 
 pub use guest::{assert_all_zero, fill, first_nonzero, smear};
@@ -22,6 +23,7 @@ pub use huge_pages::HugePages;
 pub use pools::{
     PAGE, assert_adds_up, assert_nothing_dirty_left, pool, quiesce, regions, teardown,
 };
+pub use skip::skipped;
 
 /// Makes three tests out of a function that takes a [`PageSize`](vm_scrub::PageSize): one for each size.
 ///

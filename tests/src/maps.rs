@@ -15,6 +15,11 @@ pub fn has_procmap_query() -> bool {
     is_at_least(6, 11)
 }
 
+/// Whether the kernel has `MADV_POPULATE_WRITE`.
+pub fn has_populate_write() -> bool {
+    is_at_least(5, 14)
+}
+
 /// Whether the kernel has `UFFDIO_MOVE`.
 pub fn has_uffdio_move() -> bool {
     is_at_least(6, 8)

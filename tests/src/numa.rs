@@ -24,7 +24,7 @@ fn nodes() -> BTreeSet<u32> {
 pub fn node() -> Option<u32> {
     let last = nodes().pop_last();
     if last.is_none() {
-        crate::kvm::skipped(&"this kernel knows no NUMA nodes");
+        crate::skipped(&"this kernel knows no NUMA nodes");
     }
     last
 }
@@ -134,7 +134,7 @@ pub fn run_on(cpus: &BTreeSet<u32>) {
 pub fn pretend(nodes: &[(u32, String)]) -> bool {
     if !cover(NODES) {
         let error = std::io::Error::last_os_error();
-        crate::kvm::skipped(&format!("no mounts for this thread alone: {error}"));
+        crate::skipped(&format!("no mounts for this thread alone: {error}"));
         return false;
     }
     let write = |file: String, list: &str| {

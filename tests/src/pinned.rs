@@ -35,7 +35,7 @@ impl Pinned {
         // SAFETY: the structure is as large as the kernel's.
         let fd = unsafe { libc::syscall(libc::SYS_io_uring_setup, 1, params.as_mut_ptr()) };
         if fd < 0 {
-            crate::kvm::skipped(&format!("io_uring: {}", Error::last_os_error()));
+            crate::skipped(&format!("io_uring: {}", Error::last_os_error()));
             return None;
         }
         // SAFETY: the descriptor is new and nobody else's.

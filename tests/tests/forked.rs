@@ -1,6 +1,7 @@
 //! A forked child has an address space of its own, and what the parent has found out about its own does not hold there.
 
 use vm_scrub::{Policy, scrub_raw};
+use vm_scrub_tests::skipped;
 
 const LEN: usize = 1 << 20;
 
@@ -52,10 +53,8 @@ fn a_child_of_a_child_scrubs_its_own_memory(new_names: bool) {
     assert_ne!(memory, libc::MAP_FAILED);
     let memory: *mut u8 = memory.cast();
     let Some(first) = fork(new_names) else {
-        return eprintln!(
-            "SKIPPED: no PID namespaces here: {}",
-            std::io::Error::last_os_error()
-        );
+        let error = std::io::Error::last_os_error();
+        return skipped(&format!("no PID namespaces here: {error}"));
     };
     if first == 0 {
         if !scrubs(memory) {

@@ -6,14 +6,16 @@
 
 use vm_scrub::{BLOCK_SIZE, PageSize};
 use vm_scrub_tests::child::{alone, with_huge_pages};
-use vm_scrub_tests::{assert_all_zero, assert_nothing_dirty_left, fill, pool, regions, teardown};
+use vm_scrub_tests::{
+    assert_all_zero, assert_nothing_dirty_left, fill, pool, regions, skipped, teardown,
+};
 
 fn locked(page_size: PageSize) {
     // SAFETY: a system call without pointers.
     let status = unsafe { libc::mlockall(libc::MCL_CURRENT | libc::MCL_FUTURE) };
     if status != 0 {
         let error = std::io::Error::last_os_error();
-        eprintln!("SKIPPED: this process may not lock its memory: {error}");
+        skipped(&format!("this process may not lock its memory: {error}"));
         return;
     }
     let pool = pool(page_size, 8);

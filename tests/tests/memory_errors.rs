@@ -9,7 +9,7 @@ use vm_scrub::{
     memory_errors, scrub_raw,
 };
 use vm_scrub_tests::child::{alone, end_of, with_huge_pages};
-use vm_scrub_tests::maps::is_readable;
+use vm_scrub_tests::maps::{has_populate_write, is_readable};
 use vm_scrub_tests::{
     PAGE, assert_adds_up, assert_all_zero, assert_nothing_dirty_left, fill, pools, quiesce, regions,
 };
@@ -118,6 +118,15 @@ fn a_page_breaks(page_size: PageSize, probe: bool, said: &str) {
     }
 }
 
+/// How this kernel is asked whether a page can be accessed.
+fn asked_by() -> &'static str {
+    if has_populate_write() {
+        "madvise(MADV_POPULATE_WRITE)"
+    } else {
+        "futex(FUTEX_WAKE_OP)"
+    }
+}
+
 fn is_checked_on_grant(page_size: PageSize) {
     memory_errors::install().unwrap();
     let populated = pools::builder(page_size, 4)
@@ -197,9 +206,9 @@ by_page_size! {
     breaks_4k = Base4K: |size| a_page_breaks(size, false, "SIGBUS");
     breaks_thp = Transparent: |size| a_page_breaks(size, false, "SIGBUS");
     breaks_2m = Huge2M: |size| a_page_breaks(size, false, "SIGBUS");
-    probed_4k = Base4K: |size| a_page_breaks(size, true, "madvise(MADV_POPULATE_WRITE)");
-    probed_thp = Transparent: |size| a_page_breaks(size, true, "madvise(MADV_POPULATE_WRITE)");
-    probed_2m = Huge2M: |size| a_page_breaks(size, true, "madvise(MADV_POPULATE_WRITE)");
+    probed_4k = Base4K: |size| a_page_breaks(size, true, asked_by());
+    probed_thp = Transparent: |size| a_page_breaks(size, true, asked_by());
+    probed_2m = Huge2M: |size| a_page_breaks(size, true, asked_by());
     read_4k = Base4K: breaks_when_it_is_read_back;
     read_thp = Transparent: breaks_when_it_is_read_back;
     read_2m = Huge2M: breaks_when_it_is_read_back;

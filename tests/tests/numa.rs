@@ -107,7 +107,7 @@ fn hugetlb_pages_of_another_node_do_not_count() {
     with_huge_pages(test, numa::huge_pages_for(4), || {
         let (here, everywhere) = (numa::free_huge_pages(node), huge_pages::free());
         if here >= everywhere {
-            return vm_scrub_tests::kvm::skipped(&"no free hugetlb pages on another node");
+            return vm_scrub_tests::skipped(&"no free hugetlb pages on another node");
         }
         let error = on_node(node, PageSize::Huge2M, here + 1)
             .build()
@@ -138,7 +138,7 @@ fn a_process_that_locks_its_memory_has_it_bound_too() {
     alone(test, || {
         // SAFETY: locking changes nothing of what memory contains.
         if unsafe { libc::mlockall(libc::MCL_FUTURE) } != 0 {
-            return vm_scrub_tests::kvm::skipped(&"this process may not lock its memory");
+            return vm_scrub_tests::skipped(&"this process may not lock its memory");
         }
         let pool = on_node(node, PageSize::Base4K, 2)
             .threads(1)
@@ -244,7 +244,7 @@ fn two_cpus() -> Option<[u32; 2]> {
     let mut cpus = numa::cpus().into_iter();
     let two = cpus.next().zip(cpus.next());
     if two.is_none() {
-        vm_scrub_tests::kvm::skipped(&"this thread has one processor");
+        vm_scrub_tests::skipped(&"this thread has one processor");
     }
     two.map(|(first, second)| [first, second])
 }

@@ -32,7 +32,7 @@ const GUEST: u64 = 1 << 30;
 /// `None` on kernels that cannot tell.
 fn builder(page_size: PageSize, blocks: u64) -> Option<vm_scrub::PoolBuilder> {
     if !has_uffdio_move() {
-        vm_scrub_tests::kvm::skipped(&"this kernel has no UFFDIO_MOVE");
+        vm_scrub_tests::skipped(&"this kernel has no UFFDIO_MOVE");
         return None;
     }
     let patience = Duration::from_millis(20);

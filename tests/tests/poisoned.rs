@@ -13,7 +13,7 @@ use vm_scrub::{
 use vm_scrub_tests::child::{alone, with_huge_pages};
 use vm_scrub_tests::maps::has_uffdio_move;
 use vm_scrub_tests::{
-    PAGE, assert_adds_up, assert_nothing_dirty_left, fill, pools, quiesce, regions,
+    PAGE, assert_adds_up, assert_nothing_dirty_left, fill, pools, quiesce, regions, skipped,
 };
 
 const MAY: &str = "VM_SCRUB_TEST_MAY_POISON";
@@ -42,9 +42,9 @@ fn expect_signals() {
 /// Has the page at `address` taken out of use, or says why it cannot be.
 fn poison(address: *mut u8) -> bool {
     if std::env::var_os(MAY).is_none() {
-        eprintln!(
-            "SKIPPED: takes memory of this host out of use for good; set {MAY}=1 where that may be"
-        );
+        skipped(&format!(
+            "takes memory of this host out of use for good; set {MAY}=1 where that may be"
+        ));
         return false;
     }
     EXPECTED.store(true, Ordering::Relaxed);
@@ -55,7 +55,9 @@ fn poison(address: *mut u8) -> bool {
     match (status, error.raw_os_error()) {
         (0, _) => true,
         (_, Some(libc::EINVAL | libc::EPERM)) => {
-            eprintln!("SKIPPED: this kernel does not poison memory for this process: {error}");
+            skipped(&format!(
+                "this kernel does not poison memory for this process: {error}"
+            ));
             false
         }
         _ => panic!("{error}"),

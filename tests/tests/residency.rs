@@ -11,7 +11,7 @@ use vm_scrub_tests::child::alone;
 use vm_scrub_tests::maps::{has_pagemap_scan, populated_bytes};
 use vm_scrub_tests::{
     HugePages, PAGE, assert_all_zero, assert_nothing_dirty_left, fill, huge_pages,
-    on_every_page_size, pool, pools, regions, teardown,
+    on_every_page_size, pool, pools, regions, skipped, teardown,
 };
 
 on_every_page_size!(
@@ -98,7 +98,7 @@ fn exactly_the_pages_that_were_written_are_scrubbed() {
 #[test]
 fn pages_that_were_only_read_count_as_never_populated() {
     if !has_pagemap_scan() {
-        eprintln!("SKIPPED: without PAGEMAP_SCAN (Linux 6.7) the zero page counts as populated");
+        skipped(&"without PAGEMAP_SCAN (Linux 6.7) the zero page counts as populated");
         return;
     }
     let pool = pool(PageSize::Base4K, 4);

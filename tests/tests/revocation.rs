@@ -35,7 +35,7 @@ fn builder(page_size: PageSize, blocks: u64) -> PoolBuilder {
 /// `None` on kernels without `UFFDIO_MOVE`.
 fn moving(page_size: PageSize, blocks: u64) -> Option<Pool> {
     if !has_uffdio_move() {
-        vm_scrub_tests::kvm::skipped(&"this kernel has no UFFDIO_MOVE");
+        vm_scrub_tests::skipped(&"this kernel has no UFFDIO_MOVE");
         return None;
     }
     let builder = builder(page_size, blocks).revoke_by(RevokeBy::Move);
@@ -84,7 +84,7 @@ fn where_the_host_does_not_move_there_is_mremap_or_an_error(page_size: PageSize)
 #[test]
 fn the_device_serves_where_the_system_call_is_forbidden() {
     if !has_uffdio_move() || std::fs::File::open("/dev/userfaultfd").is_err() {
-        return vm_scrub_tests::kvm::skipped(&"no /dev/userfaultfd for this process");
+        return vm_scrub_tests::skipped(&"no /dev/userfaultfd for this process");
     }
     let _forbidden = inject(Call::UffdOpen, 0, u32::MAX, libc::EPERM);
     let pool = builder(PageSize::Base4K, 1).build().unwrap();
@@ -276,7 +276,7 @@ fn locked_guests(page_size: PageSize) {
     // SAFETY: the range is the lease's window.
     let status = unsafe { libc::mlock(start.cast(), 4 * BLOCK_SIZE as usize) };
     if status != 0 {
-        return vm_scrub_tests::kvm::skipped(&"this process may not lock memory");
+        return vm_scrub_tests::skipped(&"this process may not lock memory");
     }
     fill(&lease, 1);
     let receipt = teardown(lease);
@@ -301,7 +301,7 @@ fn huge_pages_stay_huge() {
         let window = start.addr()..start.addr() + 8 * BLOCK_SIZE as usize;
         let huge: u64 = mappings(window).iter().map(|mapping| mapping.huge).sum();
         if huge == 0 {
-            return vm_scrub_tests::kvm::skipped(&"this host gave no huge pages");
+            return vm_scrub_tests::skipped(&"this host gave no huge pages");
         }
         assert_eq!(*before.get_or_insert(huge), huge, "generation {generation}");
         let receipt = teardown(lease);

@@ -14,7 +14,7 @@ use vm_scrub_tests::child::{alone, done};
 use vm_scrub_tests::documents::{section, table};
 use vm_scrub_tests::{
     PAGE, assert_adds_up, assert_all_zero, fill, on_every_page_size, on_small_page_sizes, pool,
-    quiesce, regions, seccomp, teardown,
+    quiesce, regions, seccomp, skipped, teardown,
 };
 
 const DOCUMENT: &str = include_str!("../../docs/system-calls.md");
@@ -61,7 +61,7 @@ fn number(name: &str) -> libc::c_long {
 /// Installs the filter, or says that the test is skipped and ends the child.
 fn filter(allowed: &[libc::c_long], denied: &[libc::c_long]) {
     if let Err(error) = seccomp::install(allowed, denied) {
-        println!("SKIPPED seccomp: this process can install no filter: {error}");
+        skipped(&format!("this process can install no filter: {error}"));
         done();
     }
 }

@@ -24,7 +24,7 @@ fn root() -> PathBuf {
 fn has_sources() -> bool {
     let has = root().join("SPECIFICATION.md").exists();
     if !has {
-        vm_scrub_tests::kvm::skipped(&"the sources are not on this machine");
+        vm_scrub_tests::skipped(&"the sources are not on this machine");
     }
     has
 }

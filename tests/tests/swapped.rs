@@ -10,7 +10,7 @@ use vm_scrub::{
 use vm_scrub_tests::maps::{has_uffdio_move, populated_bytes, swapped_bytes};
 use vm_scrub_tests::{
     PAGE, assert_adds_up, assert_all_zero, assert_nothing_dirty_left, fill, on_small_page_sizes,
-    pools, quiesce, regions, teardown,
+    pools, quiesce, regions, skipped, teardown,
 };
 
 on_small_page_sizes!(
@@ -28,7 +28,7 @@ fn has_swap() -> bool {
     // The first line is the table's head.
     let has = swaps.lines().count() > 1;
     if !has {
-        eprintln!("SKIPPED: this host has no swap");
+        skipped(&"this host has no swap");
     }
     has
 }
