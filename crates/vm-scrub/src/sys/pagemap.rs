@@ -5,6 +5,7 @@
 
 use super::{Call, Error, Result, fault};
 use std::fs::File;
+use std::hint::black_box;
 use std::io;
 use std::ops::Range;
 use std::os::fd::AsRawFd;
@@ -71,10 +72,29 @@ pub(crate) struct Kind {
     pub(crate) present: bool,
 }
 
+/// Whether a page with this entry can hold data.
+fn is_populated(entry: u64) -> bool {
+    entry & (ENTRY_PRESENT | ENTRY_SWAPPED) != 0
+}
+
+fn not_a_pagemap(call: Call) -> Error {
+    Error {
+        call,
+        source: io::Error::other(
+            "the descriptor is no pagemap any more: it was closed by somebody else, and its number is another file's now",
+        ),
+    }
+}
+
 /// `/proc/self/pagemap`, open for reading.
+///
+/// It stays open for as long as the process lives, and a VMM that closes descriptors it does not know, as daemons do, may have
+/// given its number to another file since. What that one answers must never be taken for 'nothing is populated'.
 #[derive(Debug)]
 pub(crate) struct Pagemap {
     file: File,
+    /// Whether `PAGEMAP_SCAN` worked when it was opened.
+    scans: bool,
 }
 
 impl Pagemap {
@@ -85,7 +105,14 @@ impl Pagemap {
             call: Call::PagemapOpen,
             source,
         })?;
-        Ok(Self { file })
+        let mut nothing = ScanArg {
+            size: size_of::<ScanArg>() as u64,
+            ..ScanArg::default()
+        };
+        // SAFETY: the structure is live and writable for the call, and has room for no answers.
+        let status = unsafe { libc::ioctl(file.as_raw_fd(), PAGEMAP_SCAN as _, &raw mut nothing) };
+        let scans = status == 0;
+        Ok(Self { file, scans })
     }
 
     /// Calls `found` with each maximal run of populated pages in `range` (addresses, page aligned), in ascending order.
@@ -120,6 +147,11 @@ impl Pagemap {
     /// Whether the page at `address` is mapped here and nowhere else. `page` is the host's page size in bytes.
     pub(crate) fn is_exclusive(&self, address: usize, page: usize) -> Result<bool> {
         fault::check(Call::PagemapRead)?;
+        Ok(self.entry(address, page)? & ENTRY_EXCLUSIVE != 0)
+    }
+
+    /// The entry of the page at `address`.
+    fn entry(&self, address: usize, page: usize) -> Result<u64> {
         let mut entry = [0_u8; size_of::<u64>()];
         self.file
             .read_exact_at(&mut entry, (address / page * size_of::<u64>()) as u64)
@@ -127,7 +159,17 @@ impl Pagemap {
                 call: Call::PagemapRead,
                 source,
             })?;
-        Ok(u64::from_ne_bytes(entry) & ENTRY_EXCLUSIVE != 0)
+        Ok(u64::from_ne_bytes(entry))
+    }
+
+    /// Refuses a file that does not know of two pages what this thread knows of them: the one that it is writing to is
+    /// populated, and the one behind the null pointer is not.
+    fn check(&self, page: usize) -> Result<()> {
+        let written = black_box([1_u8]);
+        if is_populated(self.entry(written.as_ptr().addr(), page)?) && self.entry(0, page)? == 0 {
+            return Ok(());
+        }
+        Err(not_a_pagemap(Call::PagemapRead))
     }
 
     /// Calls `found` with each maximal run of populated pages that are alike in the categories of `return_mask`.
@@ -162,10 +204,13 @@ impl Pagemap {
                 unsafe { libc::ioctl(self.file.as_raw_fd(), PAGEMAP_SCAN as _, &raw mut arg) };
             let Ok(count) = usize::try_from(count) else {
                 let error = Error::last(Call::PagemapScan);
-                if error.errno() == Some(libc::EINTR) {
-                    continue;
+                match error.errno() {
+                    Some(libc::EINTR) => continue,
+                    Some(libc::ENOTTY) if self.scans => {
+                        return Err(not_a_pagemap(Call::PagemapScan));
+                    }
+                    _ => return Err(error),
                 }
-                return Err(error);
             };
             // Linux 6.18 was seen to give a `walk_end` that lies before the last region when the vector is full just where
             // the range ends. What has been reported has been walked, so it is not asked about again.
@@ -199,6 +244,7 @@ impl Pagemap {
     ) -> Result<()> {
         let mut buffer = vec![0_u8; ENTRIES_PER_READ * size_of::<u64>()];
         let mut address = range.start;
+        self.check(page)?;
         while address < range.end {
             let pages = ((range.end - address) / page).clamp(1, ENTRIES_PER_READ);
             let bytes = &mut buffer[..pages * size_of::<u64>()];
@@ -210,12 +256,44 @@ impl Pagemap {
                     source,
                 })?;
             for entry in bytes.as_chunks::<8>().0 {
-                if u64::from_ne_bytes(*entry) & (ENTRY_PRESENT | ENTRY_SWAPPED) != 0 {
+                if is_populated(u64::from_ne_bytes(*entry)) {
                     found(address..address + page);
                 }
                 address += page;
             }
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const PAGE: usize = 4096;
+
+    #[test]
+    fn what_another_file_says_is_not_believed() {
+        let zeros = |scans| Pagemap {
+            file: File::open("/dev/zero").unwrap(),
+            scans,
+        };
+        let nothing = |_: Range<usize>| panic!("a page was found");
+        let range = PAGE..3 * PAGE;
+        // Where the kernel has no PAGEMAP_SCAN the entries are read, else they must not be.
+        assert!(zeros(false).read(range.clone(), PAGE, nothing).is_err());
+        let missing = zeros(false).scan(range.clone(), nothing).unwrap_err();
+        assert!(missing.is_no_such_ioctl());
+        let lost = zeros(true).scan(range.clone(), nothing).unwrap_err();
+        assert!(!lost.is_no_such_ioctl() && lost.errno() != Some(libc::EINVAL));
+        let own = Pagemap::open().unwrap();
+        own.read(range, PAGE, nothing).unwrap();
+    }
+
+    #[test]
+    fn what_is_swapped_out_can_hold_data() {
+        assert!(is_populated(1 << 63) && is_populated(1 << 62));
+        // A file's or a shared page, soft-dirty, exclusive: none of it without one of the two.
+        assert!(!is_populated(!(0b11 << 62)));
     }
 }

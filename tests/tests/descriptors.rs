@@ -1,0 +1,72 @@
+//! A VMM that closes every descriptor it does not know, as daemons do, and then opens files of its own: these get the numbers
+//! of what the library has kept open. What they answer must not be taken for the kernel's word that there is nothing to scrub.
+
+use std::fs::File;
+use vm_scrub::lease::QuarantineReason;
+use vm_scrub::{BLOCK_SIZE, PageSize, Policy, RevokeBy, scrub_raw};
+use vm_scrub_tests::assert_all_zero;
+use vm_scrub_tests::child::{alone, done};
+use vm_scrub_tests::pools::{builder, regions, teardown};
+
+/// Closes all descriptors but the standard ones and gives their numbers to a file in which there are zeros at every offset.
+fn close_what_is_unknown() -> Vec<File> {
+    // SAFETY: alone in its process, this test owns no file. That the library owns some is what it is about.
+    let closed = unsafe { libc::syscall(libc::SYS_close_range, 3, libc::c_uint::MAX, 0) };
+    assert_eq!(closed, 0);
+    (0..16).map(|_| File::open("/dev/zero").unwrap()).collect()
+}
+
+/// Ends the process by [`done`]: the pool and the files would each close what the other one has.
+fn a_guest_goes(page_size: PageSize, by: RevokeBy) -> ! {
+    let pool = builder(page_size, 4).revoke_by(by).build().unwrap();
+    let lease = pool.lease(&regions(&[(0, 2 * BLOCK_SIZE)])).unwrap();
+    for (region, start) in lease.host_addresses() {
+        // SAFETY: the lease's memory, which nobody else uses.
+        unsafe { start.write_bytes(0xa5, region.bytes as usize) };
+    }
+    let files = close_what_is_unknown();
+    let receipt = teardown(lease);
+    assert_eq!(receipt.bytes_quarantined, 2 * BLOCK_SIZE, "{receipt:?}");
+    let lost = &receipt.quarantined[0];
+    assert_eq!(lost.reason, QuarantineReason::ResidencyUnknown);
+    assert!(lost.detail.contains("no pagemap any more"), "{lost:?}");
+    let rest = pool.lease(&regions(&[(0, 2 * BLOCK_SIZE)])).unwrap();
+    assert_all_zero(&rest);
+    assert_eq!(pool.accounts().clean, 0);
+    drop(pool.lease(&regions(&[(0, BLOCK_SIZE)])).unwrap_err());
+    std::mem::forget((rest, files));
+    done()
+}
+
+#[test]
+fn a_pagemap_that_is_lost_is_not_an_empty_one() {
+    alone("a_pagemap_that_is_lost_is_not_an_empty_one", || {
+        a_guest_goes(PageSize::Base4K, RevokeBy::Automatic)
+    });
+}
+
+#[test]
+fn nor_where_nothing_else_was_kept_open() {
+    alone("nor_where_nothing_else_was_kept_open", || {
+        a_guest_goes(PageSize::Transparent, RevokeBy::Mremap)
+    });
+}
+
+#[test]
+fn memory_of_somebody_elses_is_scrubbed_as_a_whole() {
+    alone("memory_of_somebody_elses_is_scrubbed_as_a_whole", || {
+        let mut memory = vec![0xa5_u8; 1 << 20];
+        let policy = Policy::new();
+        let scrub = |memory: &mut [u8]| {
+            // SAFETY: the memory is this test's own.
+            unsafe { scrub_raw(memory.as_mut_ptr(), memory.len(), &policy) }
+        };
+        assert_eq!(scrub(&mut memory).unwrap().bytes, 1 << 20);
+        let files = close_what_is_unknown();
+        memory.fill(0xa5);
+        assert_eq!(scrub(&mut memory).unwrap().bytes, 1 << 20);
+        assert!(memory.iter().all(|byte| *byte == 0));
+        std::mem::forget(files);
+        done();
+    });
+}
