@@ -146,7 +146,9 @@ impl Isolation {
                 return Ok(Revoked::whole(by));
             }
             let now = Instant::now();
-            if now >= *deadline.get_or_insert(now + self.patience) {
+            // A patience that no clock holds has no end.
+            let deadline = *deadline.get_or_insert(now.checked_add(self.patience));
+            if deadline.is_some_and(|deadline| now >= deadline) {
                 let pinned = left.ranges();
                 return Ok(Revoked::new(by, pinned, round.refusal()));
             }
