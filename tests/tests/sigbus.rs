@@ -272,6 +272,54 @@ fn another_threads_signals_are_not_taken() {
     });
 }
 
+struct Sent(libc::siginfo_t);
+
+// SAFETY: its pointer is a number to whoever has it.
+unsafe impl Sync for Sent {}
+
+/// Whoever may send signals to this process could otherwise have its memory replaced while it is scrubbed.
+#[test]
+fn what_is_sent_is_no_error_wherever_it_points() {
+    alone("what_is_sent_is_no_error_wherever_it_points", || {
+        before(handler_with_info(), libc::SA_SIGINFO | libc::SA_RESTART);
+        memory_errors::install().unwrap();
+        // As much as is watched at a time.
+        let mut memory = vec![1_u8; 128 << 10];
+        let middle = memory.as_ptr().addr() + memory.len() / 2;
+        // SAFETY: zeroed is a valid value of it; the address is where the kernel puts that of an access.
+        let info = unsafe {
+            let mut info = MaybeUninit::<libc::siginfo_t>::zeroed().assume_init();
+            info.si_signo = libc::SIGBUS;
+            info.si_code = libc::SI_QUEUE;
+            (&raw mut info).byte_add(16).cast::<usize>().write(middle);
+            assert_eq!(info.si_addr().addr(), middle);
+            Sent(info)
+        };
+        // SAFETY: a call that takes nothing.
+        let scrubbing = unsafe { libc::gettid() };
+        thread::scope(|scope| {
+            let (info, scrubbing) = (&info, scrubbing);
+            let sending = scope.spawn(move || {
+                while CALLS.load(SeqCst) < 5_000 {
+                    // SAFETY: the structure is live; the thread is this process's, and waits for this one.
+                    let status = unsafe {
+                        let (process, call) = (libc::getpid(), libc::SYS_rt_tgsigqueueinfo);
+                        libc::syscall(call, process, scrubbing, libc::SIGBUS, &raw const info.0)
+                    };
+                    assert_eq!(status, 0);
+                }
+            });
+            while !sending.is_finished() {
+                memory.fill(1);
+                // SAFETY: the vector's own memory.
+                let done = unsafe { scrub_raw(memory.as_mut_ptr(), 128 << 10, &Policy::new()) };
+                assert_eq!(done.unwrap().bytes, 128 << 10);
+            }
+        });
+        assert_eq!(CODE.load(SeqCst), libc::SI_QUEUE);
+    });
+}
+
 /// A forked child has one thread, which goes on.
 #[test]
 fn a_forked_child_survives_too() {

@@ -236,3 +236,19 @@ impl Interrupted {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn threads_that_are_gone_leave_their_records_to_others() {
+        switch_on();
+        for _ in 0..200 {
+            let thread = std::thread::spawn(|| drop(watch()));
+            thread.join().unwrap();
+        }
+        // Other tests have threads too.
+        assert!(records().count() < 100);
+    }
+}
