@@ -7,7 +7,7 @@ use std::os::fd::AsRawFd;
 use std::sync::{Arc, Mutex};
 use vm_scrub::lease::QuarantineReason;
 use vm_scrub::test_support::{Call, inject};
-use vm_scrub::{BLOCK_SIZE, LeaseOptions, PageSize, Pool, ScrubReceipt};
+use vm_scrub::{BLOCK_SIZE, Lease, LeaseOptions, PageSize, Pool, ScrubReceipt};
 use vm_scrub_tests::guest::fill_range;
 use vm_scrub_tests::{
     PAGE, assert_nothing_dirty_left, on_every_page_size, on_small_page_sizes, pools, regions,
@@ -16,6 +16,7 @@ use vm_scrub_tests::{
 
 on_every_page_size!(
     a_write_to_scrubbed_memory_is_found: 8,
+    a_write_is_found_also_by_who_looks_later: 8,
     a_write_before_the_second_attempt_is_made_undone: 8,
 );
 on_small_page_sizes!(
@@ -49,6 +50,16 @@ fn write(file: &File, offset: u64) {
 /// A guest with a page at its start, torn down while a byte is written at `offset` of its file right after scrubbing. The
 /// sealing fails `busy` times.
 fn torn_down(page_size: PageSize, bytes: u64, offset: u64, busy: u32) -> (Pool, ScrubReceipt) {
+    let (pool, lease, plan) = planned(page_size, bytes, offset);
+    let sealing = inject(Call::AddSeals, 0, busy, libc::EBUSY);
+    let receipt = teardown(lease);
+    assert_eq!(sealing.hits(), busy);
+    assert!(plan.lock().unwrap().is_none(), "it was not written");
+    (pool, receipt)
+}
+
+/// The same guest before it is torn down.
+fn planned(page_size: PageSize, bytes: u64, offset: u64) -> (Pool, Lease, Plan) {
     let plan = Plan::default();
     let planned = Arc::clone(&plan);
     let pool = pools::builder(page_size, 3)
@@ -67,11 +78,7 @@ fn torn_down(page_size: PageSize, bytes: u64, offset: u64, busy: u32) -> (Pool, 
     fill_range(&lease.memory(), 0, PAGE, 1);
     let file = Arc::clone(lease.file_offsets()[0].1.arc());
     *plan.lock().unwrap() = Some((file, offset));
-    let sealing = inject(Call::AddSeals, 0, busy, libc::EBUSY);
-    let receipt = teardown(lease);
-    assert_eq!(sealing.hits(), busy);
-    assert!(plan.lock().unwrap().is_none(), "it was not written");
-    (pool, receipt)
+    (pool, lease, plan)
 }
 
 #[track_caller]
@@ -116,4 +123,35 @@ fn a_write_before_the_second_attempt_is_made_undone(page_size: PageSize) {
         assert_eq!(pool.withheld(), []);
         assert_nothing_dirty_left(&pool);
     }
+}
+
+/// Teardown sealed the file and could not read it; whoever tries again finds what was written before.
+fn a_write_is_found_also_by_who_looks_later(page_size: PageSize) {
+    let mut sealed_unread = 0;
+    for skip in 0..8 {
+        let (pool, lease, _plan) = planned(page_size, 2 * BLOCK_SIZE, 77);
+        let file = Arc::clone(lease.file_offsets()[0].1.arc());
+        let mapping = inject(Call::Mmap, skip, 1, libc::ENOMEM);
+        let receipt = teardown(lease);
+        let hits = mapping.hits();
+        drop(mapping);
+        // SAFETY: a call without pointers on a descriptor that is open.
+        let seals = unsafe { libc::fcntl(file.as_raw_fd(), libc::F_GET_SEALS) };
+        let unread = receipt
+            .quarantined
+            .first()
+            .is_some_and(|range| range.reason == QuarantineReason::NotSealed);
+        if hits == 1 && unread && seals & libc::F_SEAL_WRITE != 0 {
+            sealed_unread += 1;
+            assert_eq!(pool.reclaim(), 0);
+            let withheld = &pool.withheld()[0];
+            assert!(
+                withheld.for_good && withheld.reason.contains("is not zero"),
+                "{withheld:?}"
+            );
+            assert_eq!(pool.accounts().quarantined, 2 * BLOCK_SIZE);
+            assert_nothing_dirty_left(&pool);
+        }
+    }
+    assert!(sealed_unread > 0);
 }
