@@ -8,7 +8,9 @@ use std::io::Write;
 use std::os::fd::FromRawFd;
 use std::time::Duration;
 use vm_scrub::lease::{Outcome, QuarantineReason};
+use vm_scrub::test_support::{Call, inject};
 use vm_scrub::{BLOCK_SIZE, Lease, PageSize, Pool, Revocation, RevokeBy, ScrubReceipt};
+use vm_scrub_tests::child::alone;
 use vm_scrub_tests::maps::{has_uffdio_move, is_readable, mappings};
 use vm_scrub_tests::pinned::Pinned;
 use vm_scrub_tests::{
@@ -19,6 +21,8 @@ use vm_scrub_tests::{
 on_small_page_sizes!(
     what_a_device_holds_is_quarantined_alone,
     several_places_in_several_pieces,
+    places_in_pieces_that_are_not_in_the_pools_order,
+    what_is_not_brought_home_stays_where_nobody_gets_it,
     a_device_that_lets_go_in_time_costs_nothing,
     all_of_a_guest_is_held,
     what_a_forked_child_shares_is_found,
@@ -180,6 +184,66 @@ fn several_places_in_several_pieces(page_size: PageSize) {
     assert!(teardown(neighbour).is_proven());
     drop(devices);
     assert_nothing_dirty_left(&pool);
+}
+
+/// A guest's memory begins behind where it ends in the pool; both are held.
+fn places_in_pieces_that_are_not_in_the_pools_order(page_size: PageSize) {
+    let Some(builder) = builder(page_size, 5) else {
+        return;
+    };
+    let pool = builder.build().unwrap();
+    let one = regions(&[(GUEST, BLOCK_SIZE)]);
+    let [first, second] = [(); 2].map(|()| pool.lease(&one).unwrap());
+    let _ = teardown(first);
+    let lease = pool.lease(&regions(&[(GUEST, 4 * BLOCK_SIZE)])).unwrap();
+    let places: Vec<u64> = lease.blocks().iter().map(|extent| extent.first).collect();
+    assert_eq!(places, [2, 0]);
+    fill(&lease, 1);
+    let at = [PAGE, 3 * BLOCK_SIZE + 5 * PAGE];
+    let [Some(near), Some(far)] =
+        at.map(|at| Pinned::new(start(&lease).wrapping_add(at as usize), PAGE as usize))
+    else {
+        return;
+    };
+    let receipt = teardown(lease);
+    assert_eq!(held(&receipt), at.map(|at| unit(page_size, at, PAGE)));
+    drop((near, far));
+    let _ = teardown(second);
+    assert_nothing_dirty_left(&pool);
+}
+
+/// The kernel refuses to move, and then to say what is left: all of it has to stay in a place that is inaccessible, because the
+/// kernel would hand it to somebody else if it were unmapped.
+fn what_is_not_brought_home_stays_where_nobody_gets_it(page_size: PageSize) {
+    let test = match page_size {
+        PageSize::Base4K => "what_is_not_brought_home_stays_where_nobody_gets_it::base_4k",
+        _ => "what_is_not_brought_home_stays_where_nobody_gets_it::transparent",
+    };
+    alone(test, || {
+        let Some(builder) = builder(page_size, 4) else {
+            return;
+        };
+        let pool = builder.threads(1).build().unwrap();
+        let kept = || -> u64 {
+            let all = mappings(0..usize::MAX).into_iter();
+            let closed = all.filter(|mapping| mapping.permissions.starts_with("---"));
+            closed.map(|mapping| mapping.resident).sum()
+        };
+        let before = kept();
+        let lease = pool.lease(&regions(&[(GUEST, 3 * BLOCK_SIZE)])).unwrap();
+        fill(&lease, 1);
+        let moving = inject(Call::UffdMove, 0, u32::MAX, libc::EBUSY);
+        // Asked once before moving.
+        let asking = inject(Call::PagemapScan, 1, 1, libc::EIO);
+        let receipt = teardown(lease);
+        drop((moving, asking));
+        let lost = &receipt.quarantined[0];
+        assert_eq!(lost.reason, QuarantineReason::NotRevoked);
+        assert!(lost.detail.contains("PAGEMAP_SCAN"), "{lost:?}");
+        assert_eq!(receipt.bytes_quarantined, 3 * BLOCK_SIZE);
+        assert_eq!(kept() - before, 3 * BLOCK_SIZE);
+        assert_nothing_dirty_left(&pool);
+    });
 }
 
 fn a_device_that_lets_go_in_time_costs_nothing(page_size: PageSize) {
