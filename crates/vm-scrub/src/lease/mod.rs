@@ -15,6 +15,8 @@ mod sealing;
 mod shared;
 mod steps;
 pub mod teardown;
+#[cfg(test)]
+mod unbalanced;
 
 pub use error::{LeaseError, Refusal, Refused, TeardownError};
 pub use options::LeaseOptions;
