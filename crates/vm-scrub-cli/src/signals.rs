@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::{io, thread};
 
 /// What ends a process and is meant as a request. All others have a core dump for an answer, or none.
-const REQUESTS: [Signal; 3] = [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP];
+pub(crate) const REQUESTS: [Signal; 3] = [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP];
 
 /// Requests to end that wait until somebody asks for them.
 pub(crate) struct HeldBack {
@@ -65,7 +65,8 @@ fn lock<T>(shared: &Mutex<Option<T>>) -> MutexGuard<'_, Option<T>> {
     shared.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-fn is_ignored(signal: Signal) -> io::Result<bool> {
+/// Whether somebody wants this signal to be ignored.
+pub(crate) fn is_ignored(signal: Signal) -> io::Result<bool> {
     let mut action = std::mem::MaybeUninit::<nix::libc::sigaction>::uninit();
     // SAFETY: without a new action the old one is written to where the pointer points, and nothing is changed.
     let status =

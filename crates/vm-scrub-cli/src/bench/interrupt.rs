@@ -1,7 +1,7 @@
 //! Ctrl-C: what has been measured so far is kept, and reserved huge pages are given back.
 
+use crate::signals::{REQUESTS, is_ignored};
 use anyhow::Context;
-use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::flag;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -11,10 +11,15 @@ use std::sync::atomic::{AtomicBool, Ordering};
 pub(crate) struct Interrupt(Arc<AtomicBool>);
 
 impl Interrupt {
-    /// Listens for SIGINT and SIGTERM. The second one ends the process at once.
+    /// Listens for what ends a process and is meant as a request: Ctrl-C, a terminal that is closed. The second one ends the
+    /// process at once. One that is ignored (as with `nohup`) stays ignored.
     pub(crate) fn listen() -> anyhow::Result<Self> {
         let requested = Arc::new(AtomicBool::new(false));
-        for signal in [SIGINT, SIGTERM] {
+        for request in REQUESTS {
+            if is_ignored(request)? {
+                continue;
+            }
+            let signal = request as i32;
             // In this order: the first signal finds the flag still unset.
             flag::register_conditional_shutdown(signal, 128 + signal, Arc::clone(&requested))
                 .and_then(|_| flag::register(signal, Arc::clone(&requested)))

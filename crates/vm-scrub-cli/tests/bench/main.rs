@@ -2,4 +2,5 @@
 
 mod command;
 mod exports;
+mod interrupted;
 mod json;
