@@ -245,7 +245,7 @@ mod tests {
     fn threads_that_are_gone_leave_their_records_to_others() {
         switch_on();
         for _ in 0..200 {
-            let thread = std::thread::spawn(|| drop(watch()));
+            let thread = std::thread::spawn(|| drop(watch(4096)));
             thread.join().unwrap();
         }
         // Other tests have threads too.
