@@ -1,12 +1,13 @@
 //! A VMM that closes every descriptor it does not know, as daemons do, and then opens files of its own: these get the numbers
-//! of what the library has kept open. What they answer must not be taken for the kernel's word that there is nothing to scrub.
+//! of what the library has kept open. What they answer must not be taken for the kernel's word that there is nothing to scrub, and
+//! what is in them must not become a guest's memory.
 
 use std::fs::File;
-use vm_scrub::lease::QuarantineReason;
-use vm_scrub::{BLOCK_SIZE, PageSize, Policy, RevokeBy, scrub_raw};
+use vm_scrub::lease::{LeaseError, QuarantineReason};
+use vm_scrub::{BLOCK_SIZE, LeaseOptions, PageSize, Policy, RevokeBy, scrub_raw};
 use vm_scrub_tests::assert_all_zero;
-use vm_scrub_tests::child::{alone, done};
-use vm_scrub_tests::pools::{builder, regions, teardown};
+use vm_scrub_tests::child::{alone, done, with_huge_pages};
+use vm_scrub_tests::pools::{builder, pool, regions, teardown};
 
 /// Closes all descriptors but the standard ones and gives their numbers to a file in which there are zeros at every offset.
 fn close_what_is_unknown() -> Vec<File> {
@@ -69,4 +70,46 @@ fn memory_of_somebody_elses_is_scrubbed_as_a_whole() {
         std::mem::forget(files);
         done();
     });
+}
+
+#[test]
+fn another_file_is_not_leased_for_the_pools() {
+    with_huge_pages("another_file_is_not_leased_for_the_pools", 4, || {
+        let pool = pool(PageSize::Huge2M, 4);
+        let lease = pool.lease(&regions(&[(0, 2 * BLOCK_SIZE)])).unwrap();
+        let files = close_what_is_unknown();
+        let error = pool.lease(&regions(&[(0, BLOCK_SIZE)])).unwrap_err();
+        assert!(matches!(error, LeaseError::Map { .. }), "{error}");
+        assert!(error.to_string().contains("fstat"), "{error}");
+        // What is leased already does not need the file, and goes as always.
+        assert!(teardown(lease).is_proven());
+        assert_eq!(pool.accounts().clean, 4 * BLOCK_SIZE);
+        std::mem::forget(files);
+        done();
+    });
+}
+
+#[test]
+fn another_file_is_not_sealed_for_the_one_that_was_shared() {
+    alone(
+        "another_file_is_not_sealed_for_the_one_that_was_shared",
+        || {
+            let pool = pool(PageSize::Base4K, 4);
+            let options = LeaseOptions::new().shareable(true);
+            let lease = pool
+                .lease_with(&regions(&[(0, BLOCK_SIZE)]), options)
+                .unwrap();
+            vm_scrub_tests::fill(&lease, 1);
+            let files = close_what_is_unknown();
+            let receipt = teardown(lease);
+            assert_eq!(receipt.bytes_quarantined, BLOCK_SIZE, "{receipt:?}");
+            assert!(
+                receipt.quarantined[0].detail.contains("fstat"),
+                "{receipt:?}"
+            );
+            assert_eq!(pool.reclaim(), 0);
+            std::mem::forget(files);
+            done();
+        },
+    );
 }

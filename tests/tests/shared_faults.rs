@@ -76,6 +76,7 @@ fn a_guest_is_leased(page_size: PageSize) {
         let mut calls = vec![
             Call::MemfdCreate,
             Call::Ftruncate,
+            Call::Fstat,
             Call::AddSeals,
             Call::Mmap,
             Call::Madvise,
@@ -120,6 +121,7 @@ fn of_teardown(page_size: PageSize) -> &'static [Call] {
         PageSize::Huge2M => &[
             Call::Mmap,
             Call::Madvise,
+            Call::Fstat,
             Call::AddSeals,
             Call::Populate,
             Call::PopulateRead,
@@ -128,6 +130,7 @@ fn of_teardown(page_size: PageSize) -> &'static [Call] {
         _ => &[
             Call::Mmap,
             Call::Madvise,
+            Call::Fstat,
             Call::AddSeals,
             Call::SeekData,
             Call::Munmap,

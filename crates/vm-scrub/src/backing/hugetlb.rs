@@ -13,7 +13,7 @@ use super::{
 };
 use crate::scrub::{HostPtr, Residency, Workers};
 use crate::sys::map::Advice;
-use crate::sys::memfd::{self, Pages};
+use crate::sys::memfd::{self, Identity, Pages};
 use crate::sys::{self, hugetlb, map, numa};
 use std::fs::File;
 use std::ops::Range;
@@ -36,6 +36,7 @@ pub(crate) struct HugetlbArena {
     _view: Window,
     base: HostPtr,
     file: File,
+    identity: Identity,
     resident: bool,
 }
 
@@ -53,6 +54,7 @@ impl HugetlbArena {
                 }
                 _ => HugetlbError::Sys(error),
             })?;
+        let identity = Identity::of(file.as_fd()).map_err(HugetlbError::Sys)?;
         let view = WindowSpace::new(0).open(len).map_err(HugetlbError::Sys)?;
         let base = view.start();
         // SAFETY: the window is a fresh reservation of this length that nobody else knows.
@@ -73,6 +75,7 @@ impl HugetlbArena {
             _view: view,
             base,
             file,
+            identity,
             resident,
         })
     }
@@ -97,7 +100,11 @@ impl Backing for HugetlbArena {
     unsafe fn grant(&self, offset: usize, window: *mut u8, len: usize) -> Result<(), NotGranted> {
         // SAFETY: the caller says that the range is free and that the window is closed and of this length.
         let granted = unsafe {
-            map::map_shared(window, len, self.file.as_fd(), offset as u64).and_then(|()| {
+            let mapped = self
+                .identity
+                .check(self.file.as_fd())
+                .and_then(|()| map::map_shared(window, len, self.file.as_fd(), offset as u64));
+            mapped.and_then(|()| {
                 keep_private(window, len);
                 if self.resident {
                     // The pages are there; this fills in the window's page tables, so that the guest takes no faults.

@@ -10,7 +10,7 @@ use super::{
     keep_private,
 };
 use crate::scrub::{HostPtr, Residency, Workers};
-use crate::sys::memfd::{self, Pages};
+use crate::sys::memfd::{self, Identity, Pages};
 use crate::sys::{self, Call, map, numa};
 use std::fs::File;
 use std::ops::Range;
@@ -39,6 +39,7 @@ pub(crate) struct SharedFile {
     base: HostPtr,
     view: View,
     file: Arc<File>,
+    identity: Identity,
     len: usize,
     pages: Pages,
     sealed: bool,
@@ -50,12 +51,14 @@ impl SharedFile {
     pub(crate) fn map(len: usize, huge: bool, node: Option<u32>) -> sys::Result<Self> {
         let pages = if huge { Pages::Huge2M } else { Pages::Base };
         let file = memfd::shareable(len as u64, pages)?;
+        let identity = Identity::of(file.as_fd())?;
         let window = WindowSpace::new(0).open(len)?;
         let mut shared = Self {
             base: window.start(),
             window: Some(window),
             view: View::Nothing,
             file: Arc::new(file),
+            identity,
             len,
             pages,
             sealed: false,
@@ -93,6 +96,7 @@ impl SharedFile {
         if self.view == wanted {
             return Ok(());
         }
+        self.identity.check(self.file.as_fd())?;
         // SAFETY: the window is ours, and nobody but the scrubber, which is not at work, knows where it is.
         unsafe {
             if self.sealed {
@@ -120,6 +124,7 @@ impl SharedFile {
     /// that could be written to, and that no page is pinned. See [`is_still_shared`].
     pub(crate) fn seal(&mut self) -> sys::Result<()> {
         self.close()?;
+        self.identity.check(self.file.as_fd())?;
         memfd::seal_writing(&self.file)?;
         self.sealed = true;
         Ok(())
@@ -127,6 +132,7 @@ impl SharedFile {
 
     /// Where the file has pages, in ranges. A page that is swapped out is one; a hole has no content.
     fn data(&self, range: Range<usize>) -> sys::Result<Residency> {
+        self.identity.check(self.file.as_fd())?;
         let end = range.end as u64;
         let mut populated = Vec::new();
         let mut at = range.start as u64;
@@ -168,8 +174,10 @@ impl Backing for SharedFile {
     }
 
     unsafe fn grant(&self, offset: usize, window: *mut u8, len: usize) -> Result<(), NotGranted> {
-        // SAFETY: the caller says that the window is closed and of this length.
-        let granted = unsafe { map::map_shared(window, len, self.file.as_fd(), offset as u64) };
+        let granted = self.identity.check(self.file.as_fd()).and_then(|()| {
+            // SAFETY: the caller says that the window is closed and of this length.
+            unsafe { map::map_shared(window, len, self.file.as_fd(), offset as u64) }
+        });
         granted.map_err(|error| NotGranted {
             error,
             stuck: false,

@@ -31,6 +31,8 @@ pub enum Call {
     MemfdCreate,
     /// `ftruncate(2)`.
     Ftruncate,
+    /// `fstat(2)`, by which a descriptor is recognised.
+    Fstat,
     /// `fcntl(2)` `F_ADD_SEALS`.
     AddSeals,
     /// `lseek(2)` with `SEEK_DATA` or `SEEK_HOLE`.
@@ -92,6 +94,7 @@ impl Call {
         Call::PopulateRead,
         Call::MemfdCreate,
         Call::Ftruncate,
+        Call::Fstat,
         Call::AddSeals,
         Call::SeekData,
         Call::PagemapOpen,
@@ -130,6 +133,7 @@ impl Call {
             Call::PopulateRead => "madvise(MADV_POPULATE_READ)",
             Call::MemfdCreate => "memfd_create",
             Call::Ftruncate => "ftruncate",
+            Call::Fstat => "fstat",
             Call::AddSeals => "fcntl(F_ADD_SEALS)",
             Call::SeekData => "lseek(SEEK_DATA)",
             Call::PagemapOpen => "open(/proc/self/pagemap)",
