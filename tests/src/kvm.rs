@@ -84,6 +84,14 @@ pub fn secret(number: u64) -> u64 {
     })
 }
 
+/// The number whose [`secret`] this word is, if it is one.
+pub fn number_of(word: u64) -> Option<u64> {
+    let number = (0..8).fold(0, |number, byte| {
+        number | (word >> (8 * byte) & 0x7f) << (7 * byte)
+    });
+    (secret(number) == word).then_some(number)
+}
+
 /// The regions of a lease as guests take them: guest address and length in bytes.
 pub fn ranges(lease: &Lease) -> Vec<(u64, u64)> {
     lease

@@ -11,6 +11,7 @@ pub mod kvm;
 pub mod logs;
 pub mod maps;
 pub mod numa;
+pub mod numbers;
 pub mod peer;
 pub mod pinned;
 pub mod pools;

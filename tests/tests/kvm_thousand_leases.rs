@@ -4,6 +4,7 @@ use std::fs;
 
 use vm_scrub::{BLOCK_SIZE, LeaseError, PageSize};
 use vm_scrub_tests::kvm::{ABOVE_HOLE, Vm, secret};
+use vm_scrub_tests::numbers::Numbers;
 use vm_scrub_tests::{assert_nothing_dirty_left, kvm_on_every_page_size, pool, regions};
 use vm_scrub_vmm::{Machine, RESERVED};
 
@@ -17,30 +18,18 @@ const POOL_BLOCKS: u64 = 32;
 /// Guests that live at the same time, so that blocks come back in another order than they went.
 const LIVE: usize = 3;
 
-/// Numbers that look random and are the same in each run (the generator is Marsaglia's xorshift64).
-struct Numbers(u64);
-
-impl Numbers {
-    fn below(&mut self, limit: u64) -> u64 {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        self.0 % limit
-    }
-
-    /// One to three regions, most of them small and some of up to 8 MiB.
-    fn shape(&mut self, granularity: u64) -> Vec<(u64, u64)> {
-        let places = [0, RESERVED.start - 8 * BLOCK_SIZE, ABOVE_HOLE];
-        let first = self.below(3) as usize;
-        places[..=first]
-            .iter()
-            .map(|place| {
-                let limit = [BLOCK_SIZE / 8, BLOCK_SIZE, 4 * BLOCK_SIZE][self.below(3) as usize];
-                let bytes = 1 + self.below(limit);
-                (*place, bytes.next_multiple_of(granularity))
-            })
-            .collect()
-    }
+/// One to three regions, most of them small and some of up to 8 MiB.
+fn shape(numbers: &mut Numbers, granularity: u64) -> Vec<(u64, u64)> {
+    let places = [0, RESERVED.start - 8 * BLOCK_SIZE, ABOVE_HOLE];
+    let first = numbers.below(3) as usize;
+    places[..=first]
+        .iter()
+        .map(|place| {
+            let limit = [BLOCK_SIZE / 8, BLOCK_SIZE, 4 * BLOCK_SIZE][numbers.below(3) as usize];
+            let bytes = 1 + numbers.below(limit);
+            (*place, bytes.next_multiple_of(granularity))
+        })
+        .collect()
 }
 
 fn mappings() -> usize {
@@ -57,7 +46,7 @@ fn a_thousand_guests(page_size: PageSize) {
     let mut machines = Vec::new();
     let (mut warm, mut most, mut leased) = (0, 0, 0);
     for number in 0..LEASES as u64 {
-        let shape = numbers.shape(page_size.granularity());
+        let shape = shape(&mut numbers, page_size.granularity());
         let lease = loop {
             match pool.lease(&regions(&shape)) {
                 Ok(lease) if live.len() < LIVE => break lease,
