@@ -8,6 +8,7 @@ pub mod documents;
 pub mod guest;
 pub mod huge_pages;
 pub mod kvm;
+pub mod limits;
 pub mod logs;
 pub mod maps;
 pub mod numa;

@@ -70,7 +70,9 @@ pub struct Mapping {
     pub resident: u64,
     /// Bytes that are populated with transparent huge pages.
     pub huge: u64,
-    /// Two-letter flags: `dd` is not dumped, `dc` is not inherited by children, `mg` may be merged.
+    /// Bytes that are populated and locked in memory.
+    pub locked: u64,
+    /// Two-letter flags: `lo` is locked, `dd` is not dumped, `dc` is not inherited by children, `mg` may be merged.
     pub flags: Vec<String>,
 }
 
@@ -96,6 +98,7 @@ pub fn mappings(range: Range<usize>) -> Vec<Mapping> {
                 // Hugetlb pages are not in Rss.
                 "Private_Hugetlb" | "Shared_Hugetlb" => mapping.resident += kilobytes(rest),
                 "AnonHugePages" => mapping.huge = kilobytes(rest),
+                "Locked" => mapping.locked = kilobytes(rest),
                 "VmFlags" => mapping.flags = rest.split_whitespace().map(str::to_owned).collect(),
                 _ => {}
             }
@@ -106,6 +109,7 @@ pub fn mappings(range: Range<usize>) -> Vec<Mapping> {
                 permissions: rest.chars().take(4).collect(),
                 resident: 0,
                 huge: 0,
+                locked: 0,
                 flags: Vec::new(),
             });
         }

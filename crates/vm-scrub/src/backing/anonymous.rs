@@ -6,12 +6,13 @@
 
 use super::isolation::Isolation;
 use super::{
-    BLOCK, Backing, NotGranted, NotPrepared, Revocation, RevokeBy, Revoked, Window, WindowSpace,
-    keep_private,
+    BLOCK, Backing, NotGranted, NotPrepared, Refilled, Revocation, RevokeBy, Revoked, Window,
+    WindowSpace, keep_private, lock_again,
 };
 use crate::scrub::{HostPtr, Residency, Workers, get_ready};
 use crate::sys;
 use crate::sys::map::{self, Advice};
+use crate::sys::mlock;
 use crate::sys::numa;
 use std::io;
 use std::ops::Range;
@@ -26,6 +27,9 @@ pub(crate) struct AnonymousArena {
     window: Option<Window>,
     base: HostPtr,
     huge_pages: bool,
+    /// Whether populated pages are locked in memory: those of a range that is granted in its window, all others here. So what
+    /// is locked is always as much as the arena, and never more.
+    locked: bool,
     /// `None` where pages come home by `mremap` alone.
     isolation: Option<Isolation>,
 }
@@ -36,7 +40,12 @@ impl AnonymousArena {
     ///
     /// Binding belongs to the mapping and not to its pages, and travels with it: `mremap` gives a window the arena's, and
     /// what a guest touches first in its window comes from the node too. So the arena is all that ever has to be bound.
-    pub(crate) fn map(len: usize, huge_pages: bool, node: Option<u32>) -> sys::Result<Self> {
+    pub(crate) fn map(
+        len: usize,
+        huge_pages: bool,
+        node: Option<u32>,
+        locked: bool,
+    ) -> sys::Result<Self> {
         let window = WindowSpace::new(0).open(len)?;
         let base = window.start();
         // SAFETY: the window is a fresh reservation of this length that nobody else knows.
@@ -55,6 +64,7 @@ impl AnonymousArena {
             window: Some(window),
             base,
             huge_pages,
+            locked,
             isolation: None,
         };
         // SAFETY: the range was mapped just now and is ours.
@@ -65,6 +75,10 @@ impl AnonymousArena {
             Err(error) => return Err(error),
         }
         arena.keep_mergeable();
+        if locked {
+            // SAFETY: as above.
+            unsafe { mlock::lock(base.0, len) }?;
+        }
         get_ready();
         Ok(arena)
     }
@@ -152,6 +166,66 @@ impl AnonymousArena {
         }
         Ok(Revoked::whole(Revocation::Mremap))
     }
+
+    /// Moves a range's pages into a window.
+    ///
+    /// # Safety
+    /// As for [`Backing::grant`].
+    unsafe fn show(&self, offset: usize, window: *mut u8, len: usize) -> Result<(), NotGranted> {
+        let home = self.base.at(offset);
+        // The kernel unmaps the window before it finds that a limit on writable memory does not allow the move, and what another
+        // thread maps there meanwhile would be lost with the window. So the window becomes such memory first: that fails
+        // before anything has changed, and afterwards the move takes no more of it than there is.
+        let writable = map::data_is_limited();
+        if writable {
+            // SAFETY: the caller says that the window is closed and ours.
+            unsafe { map::map_anonymous(window, len) }.map_err(|error| NotGranted {
+                error,
+                stuck: false,
+            })?;
+        }
+        // SAFETY: the caller says that the range is free and that the window is closed, so both are ours alone. The
+        // arena's range stays mapped and empty, which keeps its address space from anybody else.
+        let Err((moved, error)) = (unsafe { move_pieces(home, window, len) }) else {
+            return Ok(());
+        };
+        // SAFETY: what was moved was granted at `window`, and nobody has seen it.
+        let mut stuck = moved > 0 && unsafe { self.take_back(offset, window, moved) }.is_err();
+        if writable {
+            // SAFETY: as above; what was moved is back, and the rest never had anything in it.
+            let rest = unsafe { map::make_inaccessible(window.wrapping_add(moved), len - moved) };
+            stuck |= rest.is_err();
+        }
+        Err(NotGranted { error, stuck })
+    }
+
+    /// Takes a window's pages home in the best way there is.
+    ///
+    /// # Safety
+    /// As for [`Backing::revoke`].
+    unsafe fn bring_home(
+        &self,
+        offset: usize,
+        window: *mut u8,
+        len: usize,
+        workers: &Workers,
+    ) -> sys::Result<Revoked> {
+        // SAFETY: the caller says that the range was granted at `window`, so the arena's own range is empty and ours, and
+        // nobody holds references.
+        unsafe {
+            Self::check_anonymous(window, len)?;
+            self.make_uniform(window, len)?;
+            match &self.isolation {
+                Some(isolation) if isolation.stage(offset, window, len)? => {
+                    // What a stray access reaches now is fresh, and goes with the window.
+                    let closed = map::make_inaccessible(window, len);
+                    let home = isolation.bring_home(offset, len, workers)?;
+                    closed.map(|()| home)
+                }
+                _ => self.take_back(offset, window, len),
+            }
+        }
+    }
 }
 
 impl Backing for AnonymousArena {
@@ -184,31 +258,31 @@ impl Backing for AnonymousArena {
     }
 
     unsafe fn grant(&self, offset: usize, window: *mut u8, len: usize) -> Result<(), NotGranted> {
+        if !self.locked {
+            // SAFETY: passed on to the caller.
+            return unsafe { self.show(offset, window, len) };
+        }
         let home = self.base.at(offset);
-        // The kernel unmaps the window before it finds that a limit on writable memory does not allow the move, and what another
-        // thread maps there meanwhile would be lost with the window. So the window becomes such memory first: that fails
-        // before anything has changed, and afterwards the move takes no more of it than there is.
-        let writable = map::data_is_limited();
-        if writable {
-            // SAFETY: the caller says that the window is closed and ours.
-            unsafe { map::map_anonymous(window, len) }.map_err(|error| NotGranted {
+        // SAFETY: the caller says that the range is free and that the window is closed, so both are ours alone; what is in the
+        // range is zero, and may be swapped out for a moment.
+        unsafe {
+            let unlocked = mlock::unlock(home, len).map_err(|error| NotGranted {
                 error,
                 stuck: false,
-            })?;
+            });
+            let granted = unlocked.and_then(|()| {
+                self.show(offset, window, len)?;
+                mlock::lock(window, len).map_err(|error| NotGranted {
+                    error,
+                    // Nobody has seen the window.
+                    stuck: self.take_back(offset, window, len).is_err(),
+                })
+            });
+            if granted.is_err() {
+                lock_again(home, len);
+            }
+            granted
         }
-        // SAFETY: the caller says that the range is free and that the window is closed, so both are ours alone. The
-        // arena's range stays mapped and empty, which keeps its address space from anybody else.
-        let Err((moved, error)) = (unsafe { move_pieces(home, window, len) }) else {
-            return Ok(());
-        };
-        // SAFETY: what was moved was granted at `window`, and nobody has seen it.
-        let mut stuck = moved > 0 && unsafe { self.take_back(offset, window, moved) }.is_err();
-        if writable {
-            // SAFETY: as above; what was moved is back, and the rest never had anything in it.
-            let rest = unsafe { map::make_inaccessible(window.wrapping_add(moved), len - moved) };
-            stuck |= rest.is_err();
-        }
-        Err(NotGranted { error, stuck })
     }
 
     unsafe fn revoke(
@@ -218,20 +292,34 @@ impl Backing for AnonymousArena {
         len: usize,
         workers: &Workers,
     ) -> sys::Result<Revoked> {
-        // SAFETY: the caller says that the range was granted at `window`, so the arena's own range is empty and ours, and
-        // nobody holds references.
+        if !self.locked {
+            // SAFETY: passed on to the caller.
+            return unsafe { self.bring_home(offset, window, len, workers) };
+        }
+        let range = offset..offset + len;
+        // SAFETY: as in `bring_home`; unlocked, the bytes stay where they are. The arena's own range is empty and not locked,
+        // unless the VMM has locked everything since.
         unsafe {
-            Self::check_anonymous(window, len)?;
-            self.make_uniform(window, len)?;
-            match &self.isolation {
-                Some(isolation) if isolation.stage(offset, window, len)? => {
-                    // What a stray access reaches now is fresh, and goes with the window.
-                    let closed = map::make_inaccessible(window, len);
-                    let home = isolation.bring_home(offset, len, workers)?;
-                    closed.map(|()| home)
-                }
-                _ => self.take_back(offset, window, len),
+            let unlocked =
+                mlock::unlock(window, len).and_then(|()| mlock::unlock(self.base.at(offset), len));
+            let mut brought = unlocked.and_then(|()| self.bring_home(offset, window, len, workers));
+            // Where pages are is known only of what was revoked. The rest is quarantined, and locked wherever it may be.
+            if brought.is_err() {
+                lock_again(window, len);
+                lock_again(self.base.at(offset), len);
             }
+            let kept = match &brought {
+                Ok(revoked) => &revoked.pinned[..],
+                Err(_) => std::slice::from_ref(&range),
+            };
+            let unlocked = match &self.isolation {
+                Some(isolation) => isolation.lock_again(&range, kept),
+                None => lock_again(self.base.at(offset), len),
+            };
+            if let Ok(revoked) = &mut brought {
+                revoked.unlocked = unlocked;
+            }
+            brought
         }
     }
 
@@ -240,9 +328,43 @@ impl Backing for AnonymousArena {
     }
 
     fn give_back(&self, range: Range<usize>) -> sys::Result<u64> {
+        let (start, len) = (self.base.at(range.start), range.len());
         // SAFETY: the range is the arena's, and clean: private anonymous memory that is populated again is zero too.
-        unsafe { map::advise(self.base.at(range.start), range.len(), Advice::Discard) }?;
-        Ok(range.len() as u64)
+        unsafe {
+            if !self.locked {
+                map::advise(start, len, Advice::Discard)?;
+            } else if let Err(error) = mlock::discard(start, len) {
+                if error.errno() != Some(libc::EINVAL) {
+                    return Err(error);
+                }
+                // Linux before 5.18.
+                mlock::unlock(start, len)?;
+                let discarded = map::advise(start, len, Advice::Discard);
+                lock_again(start, len);
+                discarded?;
+            }
+        }
+        Ok(len as u64)
+    }
+
+    /// What takes the place of lent memory is locked instead of it.
+    fn lend(&self, range: Range<usize>) -> sys::Result<()> {
+        let (start, len) = (self.base.at(range.start), range.len());
+        // SAFETY: the range is the arena's, and clean, as for giving it back.
+        unsafe {
+            if self.locked {
+                mlock::unlock(start, len)?;
+            }
+            map::advise(start, len, Advice::Discard)
+        }
+    }
+
+    fn refill(&self, range: Range<usize>) -> sys::Result<Refilled> {
+        if self.locked {
+            // SAFETY: the range is the arena's.
+            unsafe { mlock::lock(self.base.at(range.start), range.len()) }?;
+        }
+        Ok(Refilled(()))
     }
 }
 
@@ -319,7 +441,7 @@ mod tests {
 
     #[test]
     fn bytes_come_back_to_the_arena_and_the_window_is_closed() {
-        let arena = AnonymousArena::map(2 * BLOCK, false, None).unwrap();
+        let arena = AnonymousArena::map(2 * BLOCK, false, None, false).unwrap();
         let window = WindowSpace::new(0).open(BLOCK).unwrap();
         let start = window.start().0;
         // SAFETY: the range is free and the window closed; then it is granted and nobody refers to it.
@@ -343,7 +465,7 @@ mod tests {
 
     #[test]
     fn borders_that_the_vmm_made_do_not_stop_revocation() {
-        let arena = AnonymousArena::map(2 * BLOCK, true, None).unwrap();
+        let arena = AnonymousArena::map(2 * BLOCK, true, None, false).unwrap();
         let window = WindowSpace::new(0).open(2 * BLOCK).unwrap();
         let start = window.start().0;
         // SAFETY: as above; mprotect and madvise are applied to the window, which is ours.
@@ -370,7 +492,7 @@ mod tests {
             (fault::Call::Mprotect, 0, libc::EACCES),
         ];
         for (call, skip, errno) in cases {
-            let arena = AnonymousArena::map(BLOCK, false, None).unwrap();
+            let arena = AnonymousArena::map(BLOCK, false, None, false).unwrap();
             let window = WindowSpace::new(0).open(BLOCK).unwrap();
             // SAFETY: the range is free and the window closed; then it is granted and nobody refers to it.
             let error = unsafe {

@@ -10,10 +10,10 @@
 //! and, by reading, the kernel's huge zero page, which Linux 6.16 and 6.17 move wrongly.
 
 use super::moving::Round;
-use super::{Revocation, Revoked, Window, WindowSpace, move_pieces, remove_guards};
+use super::{Revocation, Revoked, Window, WindowSpace, lock_again, move_pieces, remove_guards};
 use crate::scrub::{HostPtr, Workers, pagemap};
 use crate::sys::userfaultfd::Userfaultfd;
-use crate::sys::{self, map};
+use crate::sys::{self, map, mlock};
 use std::ops::Range;
 use std::time::{Duration, Instant};
 
@@ -84,8 +84,8 @@ impl Isolation {
                 return Ok(false);
             }
             move_pieces(window, staged, len).map_err(|(_, error)| error)?;
-            // The arena's memory is not locked, and the kernel moves between equals.
-            if let Err(error) = map::unlock(staged, len) {
+            // A VMM may have locked all of its memory. Its place in the arena is not, and the kernel moves between equals.
+            if let Err(error) = mlock::unlock(staged, len) {
                 log::debug!("memory stays locked, and is moved without proof: {error}");
             }
         }
@@ -200,6 +200,24 @@ impl Isolation {
         if let Err(error) = unsafe { self.userfaultfd.register(home, len) } {
             log::warn!("{len} bytes will be revoked without proof next time: {error}");
         }
+    }
+
+    /// Locks in memory what was brought home to `range` of the arena and, where it was kept, what is in the lock. Returns how
+    /// many bytes the kernel did not lock.
+    ///
+    /// # Safety
+    /// `kept` (ascending) must lie in the range, and the range must be the caller's.
+    pub(super) unsafe fn lock_again(&self, range: &Range<usize>, kept: &[Range<usize>]) -> usize {
+        let (mut at, mut unlocked) = (range.start, 0);
+        for keep in kept.iter().chain([&(range.end..range.end)]) {
+            // SAFETY: passed on to the caller.
+            unsafe {
+                unlocked += lock_again(self.arena.at(at), keep.start - at);
+                unlocked += lock_again(self.lock.at(keep.start), keep.len());
+            }
+            at = keep.end;
+        }
+        unlocked
     }
 
     /// Makes `range` of the lock inaccessible, and empty but for what is kept.

@@ -19,7 +19,7 @@ pub(crate) use window::{Window, WindowSpace};
 
 use crate::BLOCK_SIZE;
 use crate::scrub::{HostPtr, Residency, Workers};
-use crate::sys::{self, map};
+use crate::sys::{self, map, mlock};
 use std::fmt::Debug;
 use std::ops::Range;
 use std::time::Duration;
@@ -86,6 +86,8 @@ pub(crate) struct Revoked {
     pub(crate) pinned: Vec<Range<usize>>,
     /// What the kernel answered about that.
     pub(crate) refusal: String,
+    /// Bytes that were locked in memory and are not any more, because the kernel did not lock them again.
+    pub(crate) unlocked: usize,
     _proof: (),
 }
 
@@ -95,6 +97,7 @@ impl Revoked {
             by,
             pinned,
             refusal,
+            unlocked: 0,
             _proof: (),
         }
     }
@@ -173,6 +176,24 @@ pub(crate) trait Backing: Debug + Send + Sync {
     fn populate(&self, range: Range<usize>) -> sys::Result<()> {
         // SAFETY: the arena is mapped writable and belongs to this backing.
         unsafe { map::populate(self.arena().at(range.start), range.len()) }
+    }
+}
+
+/// Locks `[address, address + len)` again; returns how many bytes the kernel did not lock.
+///
+/// # Safety
+/// The range must belong to the caller.
+unsafe fn lock_again(address: *mut u8, len: usize) -> usize {
+    if len == 0 {
+        return 0;
+    }
+    // SAFETY: passed on to the caller.
+    match unsafe { mlock::lock(address, len) } {
+        Ok(()) => 0,
+        Err(error) => {
+            log::error!("{len} bytes of guest memory are not locked any more: {error}");
+            len
+        }
     }
 }
 

@@ -11,7 +11,7 @@ use super::{
 };
 use crate::scrub::{HostPtr, Residency, Workers};
 use crate::sys::memfd::{self, Identity, Pages};
-use crate::sys::{self, Call, map, numa};
+use crate::sys::{self, Call, map, mlock, numa};
 use std::fs::File;
 use std::ops::Range;
 use std::os::fd::AsFd;
@@ -43,12 +43,22 @@ pub(crate) struct SharedFile {
     len: usize,
     pages: Pages,
     sealed: bool,
+    /// Whether a guest's window is locked in memory. What only another process has touched is not, nor what waits for the scrubber
+    /// once the window is closed.
+    locked: bool,
 }
 
 impl SharedFile {
     /// Makes a file of `len` bytes (a multiple of 2 MiB), on NUMA `node` if one is given, and maps the view. Hugetlb pages are
     /// reserved by that, or it fails.
-    pub(crate) fn map(len: usize, huge: bool, node: Option<u32>) -> sys::Result<Self> {
+    ///
+    /// `locked` says that guests' windows are locked in memory.
+    pub(crate) fn map(
+        len: usize,
+        huge: bool,
+        node: Option<u32>,
+        locked: bool,
+    ) -> sys::Result<Self> {
         let pages = if huge { Pages::Huge2M } else { Pages::Base };
         let file = memfd::shareable(len as u64, pages)?;
         let identity = Identity::of(file.as_fd())?;
@@ -62,6 +72,8 @@ impl SharedFile {
             len,
             pages,
             sealed: false,
+            // Hugetlb pages are never swapped out.
+            locked: locked && !huge,
         };
         shared.open()?;
         if let Some(node) = node {
@@ -182,8 +194,16 @@ impl Backing for SharedFile {
             error,
             stuck: false,
         })?;
-        // SAFETY: mapped just now.
-        unsafe { keep_private(window, len) };
+        // SAFETY: mapped just now; nobody has seen it.
+        unsafe {
+            keep_private(window, len);
+            if self.locked
+                && let Err(error) = mlock::lock(window, len)
+            {
+                let stuck = map::make_inaccessible(window, len).is_err();
+                return Err(NotGranted { error, stuck });
+            }
+        }
         Ok(())
     }
 
@@ -196,7 +216,9 @@ impl Backing for SharedFile {
     ) -> sys::Result<Revoked> {
         // SAFETY: the caller says that the window is this range's and that nobody holds references into it.
         unsafe { map::make_inaccessible(window, len) }?;
-        Ok(Revoked::whole(Revocation::ViewReplaced))
+        let mut revoked = Revoked::whole(Revocation::ViewReplaced);
+        revoked.unlocked = if self.locked { len } else { 0 };
+        Ok(revoked)
     }
 
     /// Of hugetlb everything counts, because there is no way to ask. A page that another process has punched out of the file
@@ -244,7 +266,7 @@ mod tests {
 
     #[test]
     fn pages_that_anybody_wrote_are_found_and_holes_are_not() {
-        let shared = SharedFile::map(2 * BLOCK, false, None).unwrap();
+        let shared = SharedFile::map(2 * BLOCK, false, None, false).unwrap();
         assert_eq!(
             shared.residency(0..2 * BLOCK).unwrap(),
             Residency {
@@ -267,7 +289,7 @@ mod tests {
 
     #[test]
     fn a_sealed_file_is_read_through_another_view() {
-        let mut shared = SharedFile::map(BLOCK, false, None).unwrap();
+        let mut shared = SharedFile::map(BLOCK, false, None, false).unwrap();
         // SAFETY: the view is mapped, writable and this test's own.
         unsafe { shared.arena().at(0).write_volatile(7) };
         assert_eq!(shared.revocation(), Revocation::ViewReplaced);
@@ -285,7 +307,7 @@ mod tests {
 
     #[test]
     fn a_second_view_keeps_it_from_being_sealed() {
-        let mut shared = SharedFile::map(BLOCK, false, None).unwrap();
+        let mut shared = SharedFile::map(BLOCK, false, None, false).unwrap();
         let window = WindowSpace::new(0).open(BLOCK).unwrap();
         // SAFETY: the window is closed, and then this test's own.
         unsafe { shared.grant(0, window.start().0, BLOCK).unwrap() };

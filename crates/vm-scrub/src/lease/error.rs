@@ -2,7 +2,7 @@
 
 use super::{GuestRegion, Lease, Quiesced};
 use crate::pool::{Accounts, LeaseId};
-use crate::{BLOCK_SIZE, SysError};
+use crate::{BLOCK_SIZE, SysCall, SysError};
 use std::fmt;
 
 /// Why memory could not be leased. The pool is as it was before, but for what [`LeaseError::FoundDirty`] speaks of.
@@ -105,6 +105,18 @@ pub enum LeaseError {
         /// The call that failed.
         r#source: SysError,
     },
+    /// The guest's window could not be locked in memory, in a pool that does so.
+    #[error(
+        "{bytes} bytes could not be locked in memory for the guest ({source}): raise the limit on locked memory (`ulimit -l`, \
+         `LimitMEMLOCK=` of systemd) to the capacities of all pools with `lock_memory` and what else the process locks, or \
+         give it CAP_IPC_LOCK"
+    )]
+    Lock {
+        /// The region's length in bytes.
+        bytes: u64,
+        /// The call that failed.
+        r#source: SysError,
+    },
     /// The guest's window could not be mapped.
     #[error(
         "{bytes} bytes could not be mapped for the guest ({source}): the address space is exhausted or the process has too \
@@ -116,6 +128,16 @@ pub enum LeaseError {
         /// The call that failed.
         r#source: SysError,
     },
+}
+
+impl LeaseError {
+    /// Why a region of so many bytes got no window.
+    pub(super) fn no_window(bytes: u64, source: SysError) -> Self {
+        match source.call {
+            SysCall::Mlock => Self::Lock { bytes, source },
+            _ => Self::Map { bytes, source },
+        }
+    }
 }
 
 /// What stands against a teardown.

@@ -236,10 +236,7 @@ fn open_all(
             Ok(region) => lease.regions.push(region),
             Err((source, lost)) => {
                 withdraw(&pool, std::mem::take(&mut lease.regions), taken, lost);
-                return Err(LeaseError::Map {
-                    bytes: region.bytes,
-                    source,
-                });
+                return Err(LeaseError::no_window(region.bytes, source));
             }
         }
     }

@@ -122,6 +122,11 @@ pub struct ScrubReceipt {
     pub bytes_verified: u64,
     /// Bytes of `bytes_scrubbed` that were then given back to the kernel, because of [`Policy::retain`](crate::Policy::retain).
     pub bytes_returned: u64,
+    /// Bytes that could have been swapped out from when they were taken away from the guest until they were zeroed, because the
+    /// kernel did not lock them again, or because they were shareable; 0 in pools without
+    /// [`lock_memory`](crate::PoolBuilder::lock_memory). They are scrubbed and counted as all others.
+    #[cfg_attr(feature = "serde", serde(default))]
+    pub bytes_unlocked: u64,
     /// What was quarantined and why, by ascending guest address.
     pub quarantined: Vec<QuarantinedRange>,
     /// The name of the zeroing loop.

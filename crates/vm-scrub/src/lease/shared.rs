@@ -24,6 +24,7 @@ pub(super) fn open(
         bytes as usize,
         pool.page_size == PageSize::Huge2M,
         pool.numa_node,
+        pool.lock_memory,
     )
     .and_then(|file| {
         if pool.populate {
@@ -88,8 +89,13 @@ fn show(
                     window,
                     segments: vec![segment],
                 }),
-                Err(NotGranted { error, .. }) => {
-                    pool.windows.retire(window);
+                Err(NotGranted { error, stuck }) => {
+                    // It shows a file that is given to nobody.
+                    if stuck {
+                        window.leak();
+                    } else {
+                        pool.windows.retire(window);
+                    }
                     Err(error)
                 }
             }
@@ -101,8 +107,7 @@ fn show(
                     // A window that stays open shows a file that is given to nobody.
                     close_unseen(pool, file, region, 0..0);
                 }
-                let bytes = region.bytes;
-                return Err(LeaseError::Map { bytes, source });
+                return Err(LeaseError::no_window(region.bytes, source));
             }
         }
         offset += len.next_multiple_of(BLOCK);

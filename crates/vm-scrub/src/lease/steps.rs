@@ -87,6 +87,7 @@ pub(super) fn take_away_unasked(
     let mut segments = Vec::new();
     let mut lost = Lost::new();
     let mut pinned: Vec<Range<usize>> = Vec::new();
+    let mut unlocked = 0;
     let mut by = backing.revocation();
     let mut proofs: Vec<Revoked> = Vec::new();
     for region in std::mem::take(&mut lease.regions) {
@@ -118,6 +119,7 @@ pub(super) fn take_away_unasked(
                         lost.extend(blocks.map(|block| (block, why.clone())));
                     }
                     pinned.extend(revoked.pinned.iter().cloned());
+                    unlocked += revoked.unlocked as u64;
                     proofs.push(revoked);
                 }
                 Err(error) => {
@@ -163,6 +165,7 @@ pub(super) fn take_away_unasked(
         receipt,
     };
     steps.receipt.revocation = by;
+    steps.receipt.bytes_unlocked = unlocked;
     steps.receipt.steps.revoke_ns = nanos(started.elapsed());
     steps
 }
@@ -207,6 +210,7 @@ fn open_receipt(lease: &Lease, pool: &Shared) -> ScrubReceipt {
         bytes_quarantined: 0,
         bytes_verified: 0,
         quarantined: Vec::new(),
+        bytes_unlocked: 0,
         bytes_returned: 0,
         // The loops depend on how much there is to do.
         zero_loop: String::new(),

@@ -39,6 +39,7 @@ pub struct PoolBuilder {
     pin_patience: Duration,
     scrub_rate: Option<ScrubRate>,
     numa_node: Option<u32>,
+    lock_memory: bool,
     check_on_grant: bool,
     clock: Option<Box<dyn Clock>>,
     on_progress: Option<OnProgress>,
@@ -71,6 +72,7 @@ impl Default for PoolBuilder {
             pin_patience: PIN_PATIENCE,
             scrub_rate: None,
             numa_node: None,
+            lock_memory: false,
             check_on_grant: false,
             clock: None,
             on_progress: None,
@@ -197,6 +199,27 @@ impl PoolBuilder {
         self
     }
 
+    /// Locks what is populated of the pool's memory in RAM, so that no guest's bytes are swapped out. Off by default; for hosts
+    /// that have swap.
+    ///
+    /// - The kernel locks pages as they are populated (`mlock2(2)` with `MLOCK_ONFAULT`, Linux 4.4): nothing is populated for it.
+    ///   But it counts all of the pool's capacity, in bytes, against `RLIMIT_MEMLOCK`, from [`build`](Self::build) until the pool
+    ///   and its last lease are gone, and a [shareable](crate::LeaseOptions::shareable) lease instead of the blocks that it
+    ///   takes. With `CAP_IPC_LOCK` there is no limit. What is refused is an error: [`PoolError::Lock`] or `LeaseError::Lock`.
+    /// - While memory changes hands it is unlocked, because the kernel would count it twice. A guest's bytes could be swapped out
+    ///   while they are taken away from it: some milliseconds for a gigabyte, and [`pin_patience`](Self::pin_patience) if
+    ///   somebody holds a page. That they are locked again before they are scrubbed is tried and not needed for what follows,
+    ///   so a refusal is logged, counted in the receipt (`bytes_unlocked`), and the memory scrubbed: to quarantine it would keep
+    ///   the guest's bytes where they can be swapped out, for good. What is quarantined for other reasons stays locked as far as
+    ///   the kernel allows.
+    /// - Of shareable memory, what only another process has touched is not locked, nor is what waits to be scrubbed.
+    /// - Hugetlb pages are never swapped out: there nothing is locked, and nothing counts.
+    /// - It costs five system calls for each piece of a lease, and while a guest has the memory a mapping or two more.
+    pub fn lock_memory(mut self, lock: bool) -> Self {
+        self.lock_memory = lock;
+        self
+    }
+
     /// Reads memory once more when it is leased, right before the guest gets it, with all scrubbing threads: so that what was
     /// written to it between recycling and grant, by whatever means, is found. Off by default.
     ///
@@ -261,6 +284,7 @@ impl PoolBuilder {
             page_size: self.page_size,
             populate: self.populate,
             numa_node: self.numa_node,
+            lock: self.lock_memory,
         };
         let backing = supply.map()?;
         let workers = Workers::start(threads, cpus.as_ref())
@@ -317,6 +341,7 @@ impl PoolBuilder {
             populate: supply.is_populated(),
             verify: self.policy.verify,
             retain: self.policy.retain,
+            lock_memory: self.lock_memory,
             check_on_grant: self.check_on_grant,
             on_progress: self.on_progress,
         });

@@ -98,6 +98,18 @@ pub enum PoolError {
         /// The call that failed.
         r#source: sys::Error,
     },
+    /// The memory could not be locked.
+    #[error(
+        "{capacity} bytes could not be locked in memory ({source}): raise the limit on locked memory (`ulimit -l`, \
+         `LimitMEMLOCK=` of systemd) to the capacities of all such pools and what else the process locks, or give it \
+         CAP_IPC_LOCK; or build the pool without `lock_memory`, on a host without swap"
+    )]
+    Lock {
+        /// The pool's capacity, in bytes.
+        capacity: u64,
+        /// The call that failed.
+        r#source: sys::Error,
+    },
     /// Transparent huge pages were asked for and the kernel has none.
     #[error("this kernel has no transparent huge pages ({source}): use 4 KiB or hugetlb pages")]
     NoTransparentHugePages {

@@ -79,6 +79,8 @@ pub(crate) struct Shared {
     pub(crate) verify: Verify,
     /// Bytes of each lease that may stay populated when it has been scrubbed.
     pub(crate) retain: u64,
+    /// Whether what is populated is locked in memory.
+    pub(crate) lock_memory: bool,
     /// Whether memory is read once more before a guest gets it.
     pub(crate) check_on_grant: bool,
     pub(crate) on_progress: Option<OnProgress>,

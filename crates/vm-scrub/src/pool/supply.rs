@@ -16,6 +16,8 @@ pub(super) struct Supply {
     pub(super) page_size: PageSize,
     pub(super) populate: bool,
     pub(super) numa_node: Option<u32>,
+    /// Whether what is populated is locked in memory. Hugetlb pages need no lock.
+    pub(super) lock: bool,
 }
 
 impl Supply {
@@ -49,6 +51,10 @@ impl Supply {
     fn not_mapped(&self, source: sys::Error) -> PoolError {
         match self.numa_node {
             Some(node) if source.call == sys::Call::Mbind => PoolError::NumaBind { node, source },
+            _ if source.call == sys::Call::Mlock => PoolError::Lock {
+                capacity: self.len as u64,
+                source,
+            },
             _ => PoolError::Map {
                 capacity: self.len as u64,
                 source,
@@ -72,7 +78,7 @@ impl Supply {
                 };
             }
         };
-        match AnonymousArena::map(self.len, huge_pages, self.numa_node) {
+        match AnonymousArena::map(self.len, huge_pages, self.numa_node, self.lock) {
             Ok(arena) => Ok(Box::new(arena)),
             Err(source) if huge_pages && source.call == sys::Call::Madvise => {
                 Err(PoolError::NoTransparentHugePages { source })

@@ -241,7 +241,7 @@ mod tests {
     /// Every page pattern is seen the same way by `PAGEMAP_SCAN` and by reading the pagemap.
     #[test]
     fn populated_pages_are_found_by_both_ways_of_asking() {
-        let arena = AnonymousArena::map(2 * BLOCK, false, None).unwrap();
+        let arena = AnonymousArena::map(2 * BLOCK, false, None, false).unwrap();
         for page in [0, 1, 2, 7, 511, 512, 600, 1023] {
             touch(&arena, page);
         }
@@ -263,7 +263,7 @@ mod tests {
 
     #[test]
     fn a_part_of_the_arena_is_asked_about_by_its_own_offsets() {
-        let arena = AnonymousArena::map(2 * BLOCK, false, None).unwrap();
+        let arena = AnonymousArena::map(2 * BLOCK, false, None, false).unwrap();
         touch(&arena, 3);
         touch(&arena, 520);
         let part = arena.residency(BLOCK..2 * BLOCK).unwrap();
@@ -273,7 +273,7 @@ mod tests {
 
     #[test]
     fn more_runs_than_one_answer_holds() {
-        let arena = AnonymousArena::map(8 * BLOCK, false, None).unwrap();
+        let arena = AnonymousArena::map(8 * BLOCK, false, None, false).unwrap();
         for page in (0..4096).step_by(2) {
             touch(&arena, page);
         }
@@ -289,7 +289,7 @@ mod tests {
 
     #[test]
     fn the_shared_zero_page_holds_no_data() {
-        let arena = AnonymousArena::map(BLOCK, false, None).unwrap();
+        let arena = AnonymousArena::map(BLOCK, false, None, false).unwrap();
         // SAFETY: the arena is mapped, readable and this test's own.
         unsafe { arena.arena().at(5 * PAGE).read_volatile() };
         let found = arena.residency(0..BLOCK).unwrap();
@@ -300,7 +300,7 @@ mod tests {
 
     #[test]
     fn huge_pages_count_whole() {
-        let arena = AnonymousArena::map(2 * BLOCK, true, None).unwrap();
+        let arena = AnonymousArena::map(2 * BLOCK, true, None, false).unwrap();
         touch(&arena, 0);
         let found = arena.residency(0..2 * BLOCK).unwrap();
         // One huge page, or one small page where the host has no huge page to give.
@@ -311,7 +311,7 @@ mod tests {
 
     #[test]
     fn not_knowing_is_an_error_and_never_empty() {
-        let arena = AnonymousArena::map(BLOCK, false, None).unwrap();
+        let arena = AnonymousArena::map(BLOCK, false, None, false).unwrap();
         arena.residency(0..BLOCK).unwrap();
         let asked = if NO_PAGEMAP_SCAN.load(Ordering::Relaxed) {
             Call::PagemapRead

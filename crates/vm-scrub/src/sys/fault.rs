@@ -49,8 +49,12 @@ pub enum Call {
     MapsQuery,
     /// `read(2)` of `/proc/self/maps`.
     MapsRead,
+    /// `mlock2(2)`.
+    Mlock,
     /// `munlock(2)`.
     Munlock,
+    /// `madvise(2)` with `MADV_DONTNEED_LOCKED`.
+    DiscardLocked,
     /// `userfaultfd(2)`.
     UffdOpen,
     /// `open(2)` of `/dev/userfaultfd`, and the `ioctl(2)` that makes a descriptor of it.
@@ -103,7 +107,9 @@ impl Call {
         Call::MapsOpen,
         Call::MapsQuery,
         Call::MapsRead,
+        Call::Mlock,
         Call::Munlock,
+        Call::DiscardLocked,
         Call::UffdOpen,
         Call::UffdDevice,
         Call::UffdApi,
@@ -142,7 +148,9 @@ impl Call {
             Call::MapsOpen => "open(/proc/self/maps)",
             Call::MapsQuery => "ioctl(PROCMAP_QUERY)",
             Call::MapsRead => "read(/proc/self/maps)",
+            Call::Mlock => "mlock2",
             Call::Munlock => "munlock",
+            Call::DiscardLocked => "madvise(MADV_DONTNEED_LOCKED)",
             Call::UffdOpen => "userfaultfd",
             Call::UffdDevice => "open(/dev/userfaultfd)",
             Call::UffdApi => "ioctl(UFFDIO_API)",

@@ -3,7 +3,7 @@
 //! Addresses are passed as pointers that came from `mmap`; lengths are bytes and multiples of the page size. What makes
 //! these functions unsafe is always the same: they change mappings that somebody may hold references into.
 
-use super::{Call, Error, Result, fault, touch};
+use super::{Call, Error, Result, done, fault, touch};
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::ptr;
@@ -56,14 +56,6 @@ fn mapped(address: *mut libc::c_void) -> Result<*mut u8> {
         return Err(Error::last(Call::Mmap));
     }
     Ok(address.cast())
-}
-
-fn done(call: Call, status: libc::c_int) -> Result<()> {
-    if status == 0 {
-        Ok(())
-    } else {
-        Err(Error::last(call))
-    }
 }
 
 /// Reserves `len` bytes of address space that nobody can access, where the kernel likes.
@@ -258,16 +250,6 @@ pub(crate) unsafe fn forbid_access(address: *mut u8, len: usize) -> Result<()> {
     done(Call::Mprotect, unsafe {
         libc::mprotect(address.cast(), len, libc::PROT_NONE)
     })
-}
-
-/// Lets `[address, address + len)` be swapped out again, if it was locked.
-///
-/// # Safety
-/// The range must belong to the caller.
-pub(crate) unsafe fn unlock(address: *mut u8, len: usize) -> Result<()> {
-    fault::check(Call::Munlock)?;
-    // SAFETY: the caller owns the range; unlocking does not change what the memory contains.
-    done(Call::Munlock, unsafe { libc::munlock(address.cast(), len) })
 }
 
 /// Tells the kernel how `[address, address + len)` is to be treated.

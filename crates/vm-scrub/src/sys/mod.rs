@@ -9,6 +9,7 @@ pub(crate) mod fork;
 pub(crate) mod hugetlb;
 pub(crate) mod map;
 pub(crate) mod memfd;
+pub(crate) mod mlock;
 pub(crate) mod numa;
 pub(crate) mod pagemap;
 pub(crate) mod procmap;
@@ -53,6 +54,15 @@ impl Error {
     /// sandbox, a user-mode emulator).
     pub(crate) fn is_no_such_ioctl(&self) -> bool {
         matches!(self.errno(), Some(libc::ENOTTY | libc::ENOSYS))
+    }
+}
+
+/// What a call answered that says 0 for success.
+fn done(call: Call, status: libc::c_int) -> Result<()> {
+    if status == 0 {
+        Ok(())
+    } else {
+        Err(Error::last(call))
     }
 }
 
