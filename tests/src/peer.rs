@@ -179,7 +179,8 @@ fn message(byte: &mut u8, control: &mut Control, body: impl FnOnce(&mut libc::ms
     body(&mut header);
 }
 
-fn send(socket: &UnixStream, fd: RawFd) {
+/// Sends a descriptor.
+pub fn send(socket: &UnixStream, fd: RawFd) {
     let (mut byte, mut control) = (0, Control([0; 64]));
     message(&mut byte, &mut control, |header| {
         // SAFETY: the control buffer has room for one message with a descriptor, and is aligned for its header.
@@ -195,20 +196,23 @@ fn send(socket: &UnixStream, fd: RawFd) {
     });
 }
 
-fn receive(socket: RawFd) -> File {
+/// Waits for a descriptor. `None` when whoever was to send it is gone.
+pub fn receive(socket: RawFd) -> Option<File> {
     let (mut byte, mut control) = (0, Control([0; 64]));
     let mut fd = -1;
     message(&mut byte, &mut control, |header| {
         // SAFETY: as in `send`; what arrives is a descriptor that the kernel has made for this process.
         unsafe {
-            assert_eq!(libc::recvmsg(socket, header, 0), 1);
+            if libc::recvmsg(socket, header, 0) != 1 {
+                return;
+            }
             let first = libc::CMSG_FIRSTHDR(header);
             assert!(!first.is_null(), "a descriptor came");
             fd = libc::CMSG_DATA(first).cast::<RawFd>().read_unaligned();
         }
     });
     // SAFETY: nobody else has it.
-    unsafe { File::from_raw_fd(fd) }
+    (fd >= 0).then(|| unsafe { File::from_raw_fd(fd) })
 }
 
 /// What the peer's process does: obeys until the socket is closed. Returns at once in any other process.
@@ -216,7 +220,7 @@ pub fn serve() {
     if std::env::var_os(SERVE).is_none() {
         return;
     }
-    let file = receive(0);
+    let file = receive(0).expect("a descriptor comes first");
     let len = file.metadata().expect("a file has a length").len() as usize;
     let mut state = Serving {
         file: Some(file),

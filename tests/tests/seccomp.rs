@@ -14,7 +14,7 @@ use vm_scrub_tests::child::{alone, done};
 use vm_scrub_tests::documents::{section, table};
 use vm_scrub_tests::{
     PAGE, assert_adds_up, assert_all_zero, fill, on_every_page_size, on_small_page_sizes, pool,
-    quiesce, regions, seccomp, skipped, teardown,
+    pools, quiesce, regions, seccomp, skipped, teardown,
 };
 
 const DOCUMENT: &str = include_str!("../../docs/system-calls.md");
@@ -25,7 +25,13 @@ on_every_page_size!(
     without_fcntl_a_shareable_lease_is_not_sealed: 16,
     without_madvise: 8,
 );
-on_small_page_sizes!(without_mremap, without_mprotect, without_ioctl);
+on_small_page_sizes!(
+    without_mremap,
+    without_mprotect,
+    without_ioctl,
+    pools_that_lock_their_memory,
+    without_mlock2,
+);
 
 /// The calls in the table of the section `title` that are marked in one of `columns` for pools of these pages.
 fn listed(title: &str, columns: &[&str], page_size: PageSize) -> BTreeSet<String> {
@@ -270,4 +276,54 @@ fn without_madvise(page_size: PageSize) {
 fn without_ioctl(page_size: PageSize) {
     let reason = QuarantineReason::ResidencyUnknown;
     without("ioctl", "without_ioctl", page_size, reason);
+}
+
+/// A pool that locks its memory, or a word about why there is none.
+fn locking(page_size: PageSize) -> Option<Pool> {
+    let policy = Policy::new().retain(BLOCK_SIZE);
+    let builder = pools::builder(page_size, 4).policy(policy);
+    let pool = builder.lock_memory(true).build();
+    pool.inspect_err(|error| skipped(error))
+        .ok()
+}
+
+/// Leased, shared, given back in part.
+fn pools_that_lock_their_memory(page_size: PageSize) {
+    alone(&name("pools_that_lock_their_memory", page_size), || {
+        let Some(pool) = locking(page_size) else {
+            return;
+        };
+        let calls = allowed(&["lease", "teardown", "shareable"], page_size);
+        filter(&calls, &[]);
+        for generation in 0..4 {
+            for is_shareable in [true, false] {
+                let lease = match is_shareable {
+                    true => shareable(&pool),
+                    false => guest(&pool, page_size),
+                };
+                fill(&lease, generation);
+                assert!(teardown(lease).is_proven());
+            }
+        }
+        done();
+    });
+}
+
+/// That costs no memory, and there is no lease that only looks locked.
+fn without_mlock2(page_size: PageSize) {
+    alone(&name("without_mlock2", page_size), || {
+        let Some(pool) = locking(page_size) else {
+            return;
+        };
+        let lease = guest(&pool, page_size);
+        fill(&lease, 1);
+        let calls = allowed(&["lease", "teardown"], page_size);
+        filter(&calls, &[number("mlock2")]);
+        let receipt = teardown(lease);
+        assert!(receipt.is_proven());
+        assert_eq!(receipt.bytes_unlocked, receipt.bytes_total);
+        let error = pool.lease(&regions(&[(0, BLOCK_SIZE)])).unwrap_err();
+        assert!(matches!(error, LeaseError::Lock { .. }), "{error}");
+        done();
+    });
 }
