@@ -16,7 +16,6 @@ use std::time::{Duration, Instant};
 
 use vm_memory::{Bytes, GuestAddress};
 use vm_scrub::{BLOCK_SIZE, Lease, LeaseOptions, PageSize, Pool};
-use vm_scrub_tests::child::alone;
 use vm_scrub_tests::kvm::{secret, watchdog};
 use vm_scrub_tests::numbers::Numbers;
 use vm_scrub_tests::peer::{receive, send};
@@ -270,8 +269,6 @@ fn the_vmm_is_killed_at_any_moment_4k() {
 #[test]
 fn the_vmm_is_killed_at_any_moment_2m() {
     if let Some(_reserved) = HugePages::reserve_alone(HUGE_PAGES) {
-        alone("the_vmm_is_killed_at_any_moment_2m", || {
-            the_vmm_is_killed_at_any_moment(PageSize::Huge2M);
-        });
+        the_vmm_is_killed_at_any_moment(PageSize::Huge2M);
     }
 }
