@@ -19,7 +19,7 @@ fn locked(page_size: PageSize) -> PoolBuilder {
 fn may_lock(page_size: PageSize) -> bool {
     locked(page_size)
         .build()
-        .inspect_err(|error| vm_scrub_tests::kvm::skipped(error))
+        .inspect_err(|error| vm_scrub_tests::skipped(error))
         .is_ok()
 }
 

@@ -111,7 +111,7 @@ impl Crowd {
         let most = std::fs::read_to_string("/proc/sys/vm/max_map_count").unwrap();
         let most: usize = most.trim().parse().unwrap();
         if most > 1 << 18 {
-            vm_scrub_tests::kvm::skipped(&format!("{most} mappings are too many to be used up"));
+            vm_scrub_tests::skipped(&format!("{most} mappings are too many to be used up"));
             return None;
         }
         let pages = most + 2;
@@ -213,7 +213,7 @@ fn mappings_run_out_thp() {
 fn mappings_run_out_locked() {
     alone("mappings_run_out_locked", || {
         if let Err(error) = builder(PageSize::Base4K).lock_memory(true).build() {
-            return vm_scrub_tests::kvm::skipped(&error);
+            return vm_scrub_tests::skipped(&error);
         }
         mappings(|| builder(PageSize::Base4K).lock_memory(true));
     });

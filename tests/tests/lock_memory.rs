@@ -196,7 +196,7 @@ fn a_limit_that_is_lowered_stops_leases_and_no_teardown() {
 fn what_is_pinned_is_locked_in_quarantine() {
     alone("what_is_pinned_is_locked_in_quarantine", || {
         if !has_uffdio_move() {
-            return vm_scrub_tests::kvm::skipped(&"this kernel has no UFFDIO_MOVE");
+            return vm_scrub_tests::skipped(&"this kernel has no UFFDIO_MOVE");
         }
         for page_size in [PageSize::Base4K, PageSize::Transparent] {
             let pool = builder(page_size)

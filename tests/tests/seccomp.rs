@@ -283,8 +283,7 @@ fn locking(page_size: PageSize) -> Option<Pool> {
     let policy = Policy::new().retain(BLOCK_SIZE);
     let builder = pools::builder(page_size, 4).policy(policy);
     let pool = builder.lock_memory(true).build();
-    pool.inspect_err(|error| skipped(error))
-        .ok()
+    pool.inspect_err(|error| skipped(error)).ok()
 }
 
 /// Leased, shared, given back in part.
