@@ -96,6 +96,8 @@ pub mod kvm;
 #[cfg(feature = "vm-memory")]
 pub mod lease;
 pub mod memory_errors;
+#[cfg(all(test, loom, feature = "vm-memory"))]
+mod models;
 #[cfg(feature = "vm-memory")]
 pub mod pool;
 #[cfg_attr(
@@ -107,6 +109,11 @@ pub mod pool;
     )
 )]
 mod scrub;
+#[cfg_attr(
+    not(feature = "vm-memory"),
+    expect(unused_imports, reason = "only pools wait and have threads")
+)]
+mod sync;
 #[cfg_attr(
     not(feature = "vm-memory"),
     expect(dead_code, reason = "some system calls serve pools only")

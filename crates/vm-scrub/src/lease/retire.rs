@@ -6,8 +6,9 @@ use super::{Lease, Quiesced, ScrubReceipt, TeardownError};
 use crate::pool::blocks::Dirty;
 use crate::pool::{Chore, LeaseId, Priority, Progress, Shared};
 use crate::scrub::{Job, Watch, Work, Workers};
-use std::sync::atomic::{AtomicBool, AtomicU8, AtomicUsize, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use crate::sync::atomic::{AtomicBool, AtomicU8, AtomicUsize, Ordering};
+use crate::sync::{Condvar, Mutex, MutexGuard};
+use std::sync::{Arc, PoisonError};
 
 /// A lease that is being scrubbed in the background.
 ///

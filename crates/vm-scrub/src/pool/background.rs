@@ -6,12 +6,13 @@
 
 use super::throttle::Throttle;
 use crate::scrub::Workers;
+use crate::sync::atomic::{AtomicBool, Ordering};
+use crate::sync::thread::{self, JoinHandle};
+use crate::sync::{Condvar, Mutex, MutexGuard, mpsc};
 use crate::sys::numa::Numbers;
 use crate::sys::thread as native;
 use std::fmt::Debug;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError, Weak, mpsc};
-use std::thread::{self, JoinHandle};
+use std::sync::{Arc, OnceLock, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 /// How urgent background scrubbing is, among what waits in the same pool.

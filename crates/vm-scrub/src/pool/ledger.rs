@@ -7,7 +7,8 @@
 
 use super::extents::{Extent, ExtentSet};
 use crate::BLOCK_SIZE;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use crate::sync::{Mutex, MutexGuard};
+use std::sync::PoisonError;
 
 /// The state of a block as the books see it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

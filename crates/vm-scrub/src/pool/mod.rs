@@ -29,6 +29,8 @@ mod supply;
 mod throttle;
 mod withheld;
 
+#[cfg(all(test, loom))]
+pub(crate) use background::Errand;
 pub use background::Priority;
 pub(crate) use background::{Background, Chore};
 pub use builder::PoolBuilder;
@@ -42,6 +44,8 @@ pub(crate) use lending::OwnedFile;
 pub use page_size::{PageSize, UnknownPageSize};
 pub use progress::{LeaseId, Progress};
 pub use throttle::{Clock, ScrubRate};
+#[cfg(all(test, loom))]
+pub(crate) use throttle::{SystemClock, Throttle};
 pub use withheld::Withheld;
 pub(crate) use withheld::{Remains, still_shared};
 

@@ -10,10 +10,11 @@ use super::blocks::{self, Blocks};
 use super::{LeaseId, Ledger, Pool, Shared};
 use crate::backing::{Backing, Refilled, SharedFile, is_still_shared};
 use crate::scrub::{Job, Verdict, Work, fresh_seed};
+use crate::sync::atomic::{AtomicUsize, Ordering};
+use crate::sync::{Mutex, MutexGuard};
 use crate::sys;
 use std::ops::Range;
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
 /// How long the background thread waits before it tries for the first time; twice as long after each failure.

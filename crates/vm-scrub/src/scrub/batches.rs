@@ -5,8 +5,9 @@
 //! zeroing it. What is kept besides the ranges is one position.
 
 use super::plan::PIECE;
+use crate::sync::Mutex;
 use std::ops::Range;
-use std::sync::{Mutex, PoisonError};
+use std::sync::PoisonError;
 
 /// Ranges, and how far they have been handed out.
 #[derive(Debug)]

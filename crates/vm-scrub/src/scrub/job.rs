@@ -8,7 +8,7 @@ use super::broken::{Broken, bytes_in};
 use super::pass::{Pass, Tally, Work};
 use super::workers::Workers;
 use crate::arch::{VerifyLoop, ZeroLoop};
-use std::sync::atomic::{AtomicU64, Ordering};
+use crate::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 /// Proof that zeros were written to a job's every piece. Made by [`Job::settle`] only.

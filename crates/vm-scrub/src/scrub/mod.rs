@@ -26,6 +26,8 @@ pub(crate) use job::{Job, Verdict, Watch, Zeroed};
 #[cfg(any(test, feature = "test-support"))]
 pub use pass::Sabotage;
 pub(crate) use pass::{HostPtr, Work};
+#[cfg(all(test, loom))]
+pub(crate) use plan::PIECE;
 pub(crate) use plan::{beyond, intersections, pieces, push_joined, union};
 pub use policy::{Policy, Verify};
 pub(crate) use residency::{Residency, get_ready, pagemap};

@@ -7,10 +7,11 @@ use super::broken::{Broken, bytes_in, sound_parts};
 use super::policy::Verify;
 use super::sample;
 use crate::arch::{VerifyLoop, ZeroLoop, flush_from_cache};
+use crate::sync::Mutex;
+use crate::sync::atomic::{AtomicU64, Ordering};
 use crate::sys::watched::{self, Watch};
 use std::ops::Range;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Mutex, PoisonError};
+use std::sync::PoisonError;
 use std::time::{Duration, Instant};
 
 /// A pointer to memory that the holder may use from any thread.
@@ -197,6 +198,8 @@ impl Pass {
         for piece in pieces {
             #[cfg(any(test, feature = "test-support"))]
             self.break_memory(work, &piece);
+            #[cfg(all(test, loom, feature = "vm-memory"))]
+            let _landing = crate::models::memory::zeroing(&piece);
             // What is sealed cannot be written to, and that is what the kernel would be asked.
             if !self.probe || work == Work::ReadSealed {
                 // SAFETY: passed on to the caller.
