@@ -10,6 +10,7 @@ use crate::scrub::PIECE;
 use loom::cell::UnsafeCell;
 use loom::thread;
 use std::ops::Range;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, Ordering};
 
 /// How many pieces a model's jobs can have.
@@ -32,7 +33,8 @@ struct Pieces([UnsafeCell<()>; PIECES]);
 unsafe impl Sync for Pieces {}
 
 loom::lazy_static! {
-    static ref CELLS: Pieces = Pieces(std::array::from_fn(|_| UnsafeCell::new(())));
+    // Counted, because an agent that nobody joins outlives what is static in a run.
+    static ref CELLS: Arc<Pieces> = Arc::new(Pieces(std::array::from_fn(|_| UnsafeCell::new(()))));
     // Not one of loom's: a model sets it once, before there are threads.
     static ref STORES: AtomicU8 = AtomicU8::new(0);
 }
@@ -53,8 +55,10 @@ pub(super) fn read_all() {
     }
 }
 
-fn write(piece: usize) {
-    CELLS.0[piece].with_mut(|_| ());
+impl Pieces {
+    fn write(&self, piece: usize) {
+        self.0[piece].with_mut(|_| ());
+    }
 }
 
 /// Zeros on their way. They are there when this is dropped, if the loop is sound.
@@ -63,14 +67,14 @@ pub(crate) struct Landing(Option<thread::JoinHandle<()>>);
 /// Called by a pass that begins to work on a piece.
 pub(crate) fn zeroing(piece: &Range<usize>) -> Landing {
     let stores = STORES.load(Ordering::Relaxed);
-    let piece = piece.start / PIECE;
+    let (cells, piece) = (Arc::clone(&CELLS), piece.start / PIECE);
     if stores == Stores::Streaming as u8 {
-        return Landing(Some(thread::spawn(move || write(piece))));
+        return Landing(Some(thread::spawn(move || cells.write(piece))));
     }
     if stores == Stores::Unfenced as u8 {
-        thread::spawn(move || write(piece));
+        thread::spawn(move || cells.write(piece));
     } else if stores == Stores::Ordinary as u8 {
-        write(piece);
+        cells.write(piece);
     }
     Landing(None)
 }
