@@ -250,3 +250,42 @@ impl std::fmt::Debug for Job {
             .finish_non_exhaustive()
     }
 }
+
+#[cfg(all(test, not(loom)))]
+mod tests {
+    use crate::arch::ZeroLoop;
+    use crate::scrub::plan::PIECE;
+    use crate::scrub::{Engine, HostPtr, Policy, Verify, Work};
+    use std::hint::spin_loop;
+
+    /// Bytes and stores that an interpreter and a sanitizer see, in the hands of real threads. The models have stand-ins for the
+    /// bytes, and more orders.
+    #[test]
+    fn whoever_sees_that_a_job_is_done_may_read_what_others_have_zeroed() {
+        const LEN: usize = PIECE + 64;
+        let mut memory = vec![0xa5_u8; LEN];
+        let base = HostPtr(memory.as_mut_ptr());
+        let policy = Policy::new().zero_loop(ZeroLoop::by_name("portable").unwrap());
+        let engine = Engine::immediate(&policy).unwrap();
+        // SAFETY: disjoint ranges in a vector that lives longer than the job, and that nobody touches before it is done.
+        let job = unsafe { engine.job(base, &[0..PIECE, PIECE..LEN], Work::Zero, Verify::None, 0) };
+        let job = &job;
+        std::thread::scope(|scope| {
+            for _ in 0..2 {
+                scope.spawn(move || job.work(|_| true, None));
+            }
+            scope.spawn(move || {
+                while !job.is_done() {
+                    spin_loop();
+                    std::thread::yield_now();
+                }
+                for at in (0..LEN).step_by(61) {
+                    // SAFETY: in the vector, initialised, and written to by nobody once the job is done.
+                    assert_eq!(unsafe { base.at(at).read() }, 0, "at {at}");
+                }
+            });
+        });
+        let (zeroed, _) = job.settle(job.thread_time()).unwrap();
+        assert_eq!(zeroed.bytes(), LEN as u64);
+    }
+}

@@ -32,9 +32,9 @@ fn shifts(len: usize) -> impl Iterator<Item = usize> {
 }
 
 fn lengths() -> impl Iterator<Item = usize> {
-    // An interpreter has time for one in five, which are as many residues, and none that is long.
+    // An interpreter has time for one in seven, and none that is long.
     let (step, longest) = if cfg!(miri) {
-        (5, 577)
+        (7, 577)
     } else {
         (1, usize::MAX)
     };

@@ -1,0 +1,70 @@
+#!/usr/bin/env bash
+# Runs the unit tests and the tests without KVM under ThreadSanitizer and AddressSanitizer, standard library included.
+# scripts/test-sanitizers.sh [thread|address]: one of them, or both. Installs a nightly toolchain with the library's source if there is
+# none, for which it needs a network.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+rustc +nightly --version >/dev/null 2>&1 && [[ -d $(rustc +nightly --print sysroot)/lib/rustlib/src/rust/library ]] ||
+    rustup toolchain install nightly --profile minimal --component rust-src
+target=$(uname -m)-unknown-linux-gnu
+
+# What runs under neither: KVM guests are not instrumented, and the others meet the sanitizer's own memory and system calls.
+declare -A left_out=(
+    [address_space]='limits address space, of which the sanitizer has reserved terabytes, and counts the mappings of the process'
+    [locked]='locks all memory of the process, the shadow included'
+    [numa]='counts system calls and threads of the process'
+    [seccomp]='forbids system calls that the sanitizer makes'
+    [sigbus]='ends the process by signals that the sanitizer handles itself'
+    [specification]='reads documents'
+)
+# Single tests, for the reason of the file that they would be in.
+skipped=(
+    --skip more_hugetlb_pages_than_there_are # more address space than the sanitizer leaves
+    --skip threads_that_cannot_be_started    # RLIMIT_AS
+)
+# What has more than one thread to it: the rest would be a slow way of running it.
+threaded=(background check_on_grant concurrent dropped life_cycle model revocation shared shared_unfinished windows)
+
+run() {
+    local sanitizer=$1 tests=() name skipped=("${skipped[@]}")
+    shift
+    # One thread each, and long.
+    [[ $sanitizer == address ]] || skipped+=(--skip arch::tests::verify_ --skip arch::tests::zero_)
+    for name in "$@"; do
+        tests+=(--test "$name")
+    done
+    printf '\n== %s sanitizer: unit tests, %s\n' "$sanitizer" "$*"
+    local command=(cargo +nightly test --locked -Zbuild-std --target "$target" --target-dir "target/sanitizer-$sanitizer"
+        -p vm-scrub -p vm-scrub-tests --features vm-scrub/test-support --lib "${tests[@]}")
+    RUSTFLAGS="-Zsanitizer=$sanitizer" timeout --kill-after=10 1200 "${command[@]}" --no-run
+    # Traces of panics that tests cause on purpose take minutes without optimisation.
+    RUSTFLAGS="-Zsanitizer=$sanitizer" RUST_BACKTRACE=0 timeout --kill-after=10 1200 "${command[@]}" --no-fail-fast -- "${skipped[@]}"
+}
+
+thread() {
+    export TSAN_OPTIONS="exitcode=66"
+    run thread "${threaded[@]}"
+}
+
+address() {
+    local name tests=()
+    for path in tests/tests/*; do
+        name=$(basename "$path" .rs)
+        if [[ -n ${left_out[$name]-} ]]; then
+            printf 'SKIPPED %s: %s\n' "$name" "${left_out[$name]}"
+        elif [[ $name != kvm_* ]]; then
+            tests+=("$name")
+        fi
+    done
+    # Leases that are forgotten and windows that stay reserved are the point of some tests.
+    export ASAN_OPTIONS="detect_leaks=0"
+    run address "${tests[@]}"
+}
+
+case ${1-} in
+thread | address) "$1" ;;
+'') thread && address ;;
+*) sed -n '2,4s/^# //p' "$0" && exit 2 ;;
+esac
+printf '\nnothing found\n'
