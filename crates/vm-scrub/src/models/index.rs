@@ -90,7 +90,7 @@ fn guests_come_and_go() {
 
 #[test]
 fn sums_hold_while_others_move_blocks() {
-    check(2, || {
+    check(3, || {
         let pool = Pool::new();
         let guests = [1, 2].map(|blocks| {
             let pool = Arc::clone(&pool);

@@ -5,7 +5,7 @@
 use super::check;
 use crate::pool::{Background, Chore, Errand, Priority, SystemClock, Throttle};
 use crate::scrub::Workers;
-use crate::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use crate::sync::atomic::{AtomicUsize, Ordering};
 use crate::sync::{Condvar, Mutex, thread};
 use crate::sys::fault::{self, Call, FaultGuard};
 use std::sync::{Arc, Weak};
@@ -150,7 +150,6 @@ fn the_thread_ends_when_the_queue_is_dropped_whatever_is_left() {
 struct Visits {
     left: Mutex<usize>,
     changed: Condvar,
-    wanted: AtomicBool,
 }
 
 impl Visits {
@@ -158,7 +157,6 @@ impl Visits {
         Arc::new(Self {
             left: Mutex::new(visits),
             changed: Condvar::new(),
-            wanted: AtomicBool::new(false),
         })
     }
 
@@ -182,7 +180,7 @@ impl Errand for Visits {
     }
 
     fn is_wanted(&self) -> bool {
-        self.wanted.load(Ordering::Relaxed)
+        false
     }
 }
 
