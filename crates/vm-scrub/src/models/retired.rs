@@ -1,6 +1,7 @@
 //! A whole pool, on real memory: a retired lease between its ticket, the background thread, and whoever needs memory.
 
 use super::check;
+use super::memory::{self, Stores};
 use crate::lease::{Cancelled, Quiesced};
 use crate::sync::thread;
 use crate::sys::fault::{self, Call, FaultGuard};
@@ -9,6 +10,7 @@ use vm_memory::GuestAddress;
 
 /// A pool of one block, which is scrubbed by whoever calls and the background thread.
 fn pool() -> (FaultGuard, Pool) {
+    memory::model(Stores::Ordinary);
     // loom's threads share one of the kernel's, which is not to be put last.
     let priority = fault::inject(Call::SetPriority, 0, 1, libc::EPERM);
     let pool = Pool::builder()
@@ -40,8 +42,9 @@ fn assert_scrubbed(receipt: &ScrubReceipt) {
     assert_eq!(receipt.bytes_scrubbed, 4096, "{receipt:?}");
 }
 
-/// Everything is clean again, and the next guest finds zeros.
+/// Everything is clean again, nobody works on it any more, and the next guest finds zeros.
 fn assert_clean(pool: &Pool) {
+    memory::read_all();
     assert_eq!(pool.accounts().clean, BLOCK_SIZE, "{:?}", pool.accounts());
     let lease = lease(pool);
     let (_, start) = lease.host_addresses()[0];
@@ -76,6 +79,8 @@ fn who_cancels_gets_the_memory_or_the_receipt() {
         let (_priority, pool) = pool();
         match retire(&pool).cancel() {
             Cancelled::Dirty(dirty) => {
+                // Nobody is at it any more.
+                memory::read_all();
                 assert_eq!(pool.accounts().dirty, BLOCK_SIZE);
                 assert_scrubbed(&dirty.scrub_and_verify().recycle().unwrap());
             }
