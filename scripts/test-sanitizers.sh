@@ -24,7 +24,7 @@ skipped=(
     --skip threads_that_cannot_be_started    # RLIMIT_AS
 )
 # What has more than one thread to it: the rest would be a slow way of running it.
-threaded=(background check_on_grant concurrent dropped life_cycle model revocation shared shared_unfinished windows)
+threaded=(background check_on_grant concurrent dropped life_cycle revocation shared shared_unfinished windows)
 
 run() {
     local sanitizer=$1 tests=() name skipped=("${skipped[@]}")

@@ -257,6 +257,7 @@ mod tests {
     use crate::scrub::plan::PIECE;
     use crate::scrub::{Engine, HostPtr, Policy, Verify, Work};
     use std::hint::spin_loop;
+    use std::sync::Barrier;
 
     /// Bytes and stores that an interpreter and a sanitizer see, in the hands of real threads. The models have stand-ins for the
     /// bytes, and more orders.
@@ -269,12 +270,17 @@ mod tests {
         let engine = Engine::immediate(&policy).unwrap();
         // SAFETY: disjoint ranges in a vector that lives longer than the job, and that nobody touches before it is done.
         let job = unsafe { engine.job(base, &[0..PIECE, PIECE..LEN], Work::Zero, Verify::None, 0) };
-        let job = &job;
+        // A thread that begins after another has ended is ordered behind it by the standard library, and a race would not be seen.
+        let (job, together) = (&job, &Barrier::new(3));
         std::thread::scope(|scope| {
             for _ in 0..2 {
-                scope.spawn(move || job.work(|_| true, None));
+                scope.spawn(move || {
+                    together.wait();
+                    job.work(|_| true, None);
+                });
             }
             scope.spawn(move || {
+                together.wait();
                 while !job.is_done() {
                     spin_loop();
                     std::thread::yield_now();
