@@ -21,4 +21,4 @@ tests=(
 )
 library=(--locked -p vm-scrub --lib --target-dir target/miri)
 timeout --kill-after=10 600 cargo +nightly miri test "${library[@]}" --no-run
-timeout --kill-after=10 600 cargo +nightly miri test "${library[@]}" -- "${tests[@]}"
+timeout --kill-after=10 900 cargo +nightly miri test "${library[@]}" -- "${tests[@]}"
