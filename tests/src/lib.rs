@@ -5,12 +5,14 @@
 
 pub mod child;
 pub mod documents;
+pub mod fuzz;
 pub mod guest;
 pub mod huge_pages;
 pub mod kvm;
 pub mod limits;
 pub mod logs;
 pub mod maps;
+pub mod model;
 pub mod numa;
 pub mod numbers;
 pub mod peer;

@@ -23,6 +23,30 @@ pub fn arena_address(pool: &Pool) -> *mut u8 {
     pool.shared.backing.arena().0
 }
 
+/// Checks a guest's layout as [`Pool::lease`] does, without a pool.
+///
+/// # Errors
+///
+/// What is wrong with the layout.
+#[cfg(feature = "vm-memory")]
+pub fn check_regions(
+    regions: &[(vm_memory::GuestAddress, u64)],
+    granularity: u64,
+) -> Result<Vec<crate::GuestRegion>, crate::LeaseError> {
+    crate::lease::check_regions(regions, granularity)
+}
+
+/// What the library reads out of a line of `/proc/self/maps`: the addresses, and whether it is private anonymous memory.
+pub fn parse_mapping(line: &str) -> Option<(std::ops::Range<usize>, bool)> {
+    let mapping = crate::sys::procmap::parse(line)?;
+    Some((mapping.range, mapping.private_anonymous))
+}
+
+/// What the library reads out of a list of nodes or processors.
+pub fn parse_list(list: &str) -> Option<Vec<u32>> {
+    Some(crate::sys::numa::parse_list(list)?.into_iter().collect())
+}
+
 /// Puts memory at `address` that raises `SIGBUS`: one page of 4 KiB, or of 2 MiB where the memory consists of hugetlb pages. Says
 /// nothing where that fails.
 pub(crate) fn break_memory(address: *mut u8) {

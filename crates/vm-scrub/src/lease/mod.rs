@@ -22,6 +22,8 @@ pub use error::{LeaseError, Refusal, Refused, TeardownError};
 pub use options::LeaseOptions;
 pub use receipt::{Outcome, QuarantineReason, QuarantinedRange, ScrubReceipt, StepTimes};
 pub use region::GuestRegion;
+#[cfg(any(test, feature = "test-support"))]
+pub(crate) use region::check as check_regions;
 pub use retire::{Cancelled, Ticket};
 
 use crate::backing::{Backing, NotGranted, Window};

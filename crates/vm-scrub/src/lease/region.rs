@@ -15,7 +15,7 @@ pub struct GuestRegion {
 }
 
 /// Checks what was asked for, and sorts it by guest address.
-pub(super) fn check(
+pub(crate) fn check(
     regions: &[(GuestAddress, u64)],
     granularity: u64,
 ) -> Result<Vec<GuestRegion>, LeaseError> {

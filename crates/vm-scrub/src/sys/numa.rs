@@ -19,7 +19,7 @@ const MPOL_MF_STRICT: libc::c_ulong = 1;
 const MPOL_MF_MOVE: libc::c_ulong = 2;
 
 /// The numbers in the kernel's list format: ranges with commas between them, as in `0-3,8,10-11`.
-fn parse_list(list: &str) -> Option<Numbers> {
+pub(crate) fn parse_list(list: &str) -> Option<Numbers> {
     let mut numbers = Numbers::new();
     let list = list.trim();
     if list.is_empty() {

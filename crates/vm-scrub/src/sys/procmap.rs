@@ -111,7 +111,7 @@ pub(crate) fn read_all() -> Result<Vec<Mapping>> {
 }
 
 /// `start-end perms offset major:minor inode [name]`, numbers but the inode in hexadecimal.
-fn parse(line: &str) -> Option<Mapping> {
+pub(crate) fn parse(line: &str) -> Option<Mapping> {
     let mut fields = line.split_ascii_whitespace();
     let (start, end) = fields.next()?.split_once('-')?;
     let permissions = fields.next()?;

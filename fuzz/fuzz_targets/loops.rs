@@ -1,0 +1,5 @@
+//! Every zeroing and verification loop: see `vm_scrub_tests::fuzz`.
+
+#![no_main]
+
+libfuzzer_sys::fuzz_target!(|data: &[u8]| vm_scrub_tests::fuzz::loops(data));

@@ -1,0 +1,66 @@
+//! The inputs that fuzzing has kept, replayed: what it has found once is found again, without a nightly compiler.
+//!
+//! Each target runs in a process of its own, because faults make the library remember, for the whole process, what the
+//! kernel cannot do.
+
+use std::path::Path;
+use vm_scrub_tests::child::alone;
+use vm_scrub_tests::fuzz::TARGETS;
+
+/// Runs a target on every input of its corpus.
+fn replay(name: &str) {
+    let (_, target) = TARGETS
+        .iter()
+        .find(|(target, _)| *target == name)
+        .expect("there is such a target");
+    let directory = Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("../fuzz/corpus")
+        .join(name);
+    let files = std::fs::read_dir(&directory)
+        .unwrap_or_else(|error| panic!("{}: {error}", directory.display()));
+    let mut files: Vec<_> = files.map(|file| file.unwrap().path()).collect();
+    files.sort();
+    assert!(files.len() > 1, "{} is empty", directory.display());
+    for file in files {
+        // Shown if the target fails.
+        eprintln!("{}", file.display());
+        target(&std::fs::read(&file).unwrap());
+    }
+}
+
+#[test]
+fn loops() {
+    alone("loops", || replay("loops"));
+}
+
+#[test]
+fn pool() {
+    alone("pool", || replay("pool"));
+}
+
+#[test]
+fn scrub() {
+    alone("scrub", || replay("scrub"));
+}
+
+#[test]
+fn text() {
+    alone("text", || replay("text"));
+}
+
+#[test]
+fn every_corpus_has_a_target_and_every_target_a_corpus() {
+    let directory = Path::new(env!("CARGO_MANIFEST_DIR")).join("../fuzz");
+    let mut corpora: Vec<String> = std::fs::read_dir(directory.join("corpus"))
+        .unwrap()
+        .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+        .collect();
+    corpora.sort();
+    assert_eq!(corpora, TARGETS.map(|(name, _)| name));
+    for (name, _) in TARGETS {
+        assert!(
+            directory.join(format!("fuzz_targets/{name}.rs")).exists(),
+            "{name}"
+        );
+    }
+}
