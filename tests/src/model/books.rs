@@ -85,9 +85,10 @@ impl Model {
             }
             assert!(
                 Instant::now() < deadline,
-                "{accounts:?}, {} blocks should be in quarantine, {} more may be: {after:?}\n{self:?}",
+                "{accounts:?}, {} blocks should be in quarantine, {} more may be: {after:?} {:?}",
                 self.quarantined,
-                self.doubtful()
+                self.doubtful(),
+                self.knobs
             );
             thread::yield_now();
         }

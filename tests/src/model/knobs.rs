@@ -96,7 +96,7 @@ impl From<Level> for Verify {
     }
 }
 
-/// A limit on background scrubbing. Time passes at once where it is slept: see [`Fast`].
+/// A limit on background scrubbing. Time passes at once where it is slept.
 #[derive(Debug, Clone, Copy, Arbitrary)]
 pub struct Rate {
     /// Bytes a second.
@@ -127,7 +127,7 @@ pub enum Odd {
 
 /// A clock on which sleeping takes no time.
 #[derive(Debug, Default)]
-pub struct Fast(AtomicU64);
+pub(super) struct Fast(AtomicU64);
 
 impl Clock for Fast {
     fn now(&self) -> Duration {

@@ -2,7 +2,7 @@
 //!
 //! Numbers that name a guest, a page or a ticket wrap around what there is, so that every input means something.
 
-use arbitrary::Arbitrary;
+use arbitrary::{Arbitrary, Unstructured};
 use vm_scrub::test_support::Call;
 
 use super::knobs::Rate;
@@ -155,12 +155,19 @@ pub enum Meddling {
     MapFile,
 }
 
+/// None to four regions, all as likely; a `Vec` would most often be empty.
+fn layout(input: &mut Unstructured<'_>) -> arbitrary::Result<Vec<Region>> {
+    let count = input.int_in_range(0..=4)?;
+    (0..count).map(|_| input.arbitrary()).collect()
+}
+
 /// One thing that happens.
 #[derive(Debug, Clone, Arbitrary)]
 pub enum Op {
     /// A guest is given memory.
     Lease {
         /// Its layout; at most the first eight count.
+        #[arbitrary(with = layout)]
         regions: Vec<Region>,
         /// Whether other processes are to have it too.
         shareable: bool,

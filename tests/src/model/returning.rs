@@ -133,9 +133,11 @@ impl Model {
 
     /// A teardown with the statement about another guest is refused.
     pub(super) fn confuse(&mut self, one: u8, other: u8) {
-        let (Some(one), Some(other)) = (self.pick(one), self.pick(other)) else {
-            // The first one alone: it stays.
+        let Some(one) = self.pick(one) else {
             return;
+        };
+        let Some(other) = self.pick(other) else {
+            return self.guests.push(one);
         };
         let quiesced = quiesce(&other.lease);
         let (expected, named) = (one.lease.id(), other.lease.id());
