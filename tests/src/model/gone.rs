@@ -133,10 +133,12 @@ impl Gone {
     }
 }
 
+/// Whether the page is kept where nobody else finds it, and not only beside something that is.
 fn covers(receipt: &ScrubReceipt, address: u64) -> bool {
+    use QuarantineReason::{NotRevoked, PinnedOrShared};
     receipt.quarantined.iter().any(|range| {
         (range.guest_address..range.guest_address + range.bytes).contains(&address)
-            && range.reason == QuarantineReason::PinnedOrShared
+            && matches!(range.reason, PinnedOrShared | NotRevoked)
     })
 }
 

@@ -1,6 +1,6 @@
 //! What a pool can be asked to be like, all of it.
 
-use arbitrary::Arbitrary;
+use arbitrary::{Arbitrary, Unstructured};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -142,6 +142,27 @@ impl Clock for Fast {
 }
 
 impl Knobs {
+    /// Makes up a pool: most can be built, and in most of them faults can be met, which takes the calling thread's own work.
+    pub(crate) fn likely(input: &mut Unstructured<'_>) -> arbitrary::Result<Self> {
+        let mut knobs = Self::arbitrary(input)?;
+        let dice: u8 = input.arbitrary()?;
+        if dice % 16 != 0 {
+            knobs.odd = None;
+        }
+        if dice / 16 % 4 != 0 {
+            knobs.on_node = false;
+            // Hugetlb memory is revoked in one way only.
+            if knobs.pages == Pages::Huge2M {
+                knobs.by_move = None;
+            }
+        }
+        if dice >= 128 {
+            knobs.threads = 0;
+            knobs.on_node = false;
+        }
+        Ok(knobs)
+    }
+
     /// How many blocks the pool has.
     pub fn blocks(&self) -> u64 {
         1 + u64::from(self.blocks % 8)

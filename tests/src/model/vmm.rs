@@ -104,8 +104,14 @@ impl Model {
         let run = guest.run(u64::from(page), 1 + u64::from(pages) % MOST_PAGES);
         // Ordinary access goes on in hugetlb memory, whose parts cannot be treated differently.
         if !run.is_empty() && guest.lease.page_size() != vm_scrub::PageSize::Huge2M {
+            let pages = run.clone().map(|page| guest.place(page).address);
+            let pages: Vec<u64> = pages.collect();
             let kept = apply(&mut guest, what, run);
             self.files.extend(kept);
+            // What the device has is not the guest's memory any more, or may not be.
+            if !matches!(what, Meddling::Close | Meddling::ReadOnly | Meddling::Lock) {
+                guest.pinned.retain(|page| !pages.contains(page));
+            }
         }
         self.guests.push(guest);
     }
