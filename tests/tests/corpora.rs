@@ -1,13 +1,18 @@
-//! The inputs that fuzzing has kept, replayed: what it has found once is found again, without a nightly compiler.
+//! The inputs that fuzzing has kept, replayed, and some new ones: what fuzzing has found once is found again, and a target that
+//! breaks is noticed, without a nightly compiler.
 //!
 //! Each target runs in a process of its own, because faults make the library remember, for the whole process, what the
 //! kernel cannot do.
 
+use proptest::prelude::*;
 use std::path::Path;
 use vm_scrub_tests::child::alone;
 use vm_scrub_tests::fuzz::TARGETS;
 
-/// Runs a target on every input of its corpus.
+/// Inputs that nobody has chosen. Fuzzing looks at millions; these are for what every input shows.
+const NEW_INPUTS: u32 = 32;
+
+/// Runs a target on every input of its corpus, and on some that are new.
 fn replay(name: &str) {
     let (_, target) = TARGETS
         .iter()
@@ -26,6 +31,12 @@ fn replay(name: &str) {
         eprintln!("{}", file.display());
         target(&std::fs::read(&file).unwrap());
     }
+    let config = ProptestConfig {
+        cases: NEW_INPUTS,
+        failure_persistence: None,
+        ..ProptestConfig::default()
+    };
+    proptest!(config, |(input in prop::collection::vec(any::<u8>(), 0..800))| target(&input));
 }
 
 #[test]
