@@ -148,6 +148,8 @@ impl Knobs {
         let dice: u8 = input.arbitrary()?;
         if dice % 16 != 0 {
             knobs.odd = None;
+            // Room for more than one guest.
+            knobs.blocks |= 3;
         }
         if dice / 16 % 4 != 0 {
             knobs.on_node = false;

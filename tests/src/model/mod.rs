@@ -144,7 +144,7 @@ impl Model {
         let fault = self.planned.take()?;
         Some(inject(
             fault.call(),
-            u32::from(fault.skip),
+            fault.skip(),
             fault.times(),
             fault.errno(),
         ))

@@ -45,7 +45,7 @@ pub enum Region {
 pub struct Fault {
     /// Which call.
     pub call: u8,
-    /// How many calls go through before.
+    /// How many calls go through before, modulo eight.
     pub skip: u8,
     /// Whether it fails from then on.
     pub for_good: bool,
@@ -56,9 +56,32 @@ pub struct Fault {
 /// Errors that say nothing about what the kernel has and has not: the library remembers that for the whole process.
 const ERRNOS: [i32; 4] = [libc::ENOMEM, libc::EFAULT, libc::EAGAIN, libc::EBUSY];
 
+/// The calls that leasing and returning make on kernels of today.
+const CALLS: [Call; 14] = [
+    Call::Mmap,
+    Call::Munmap,
+    Call::Mremap,
+    Call::Mprotect,
+    Call::Madvise,
+    Call::Populate,
+    Call::MemfdCreate,
+    Call::Ftruncate,
+    Call::AddSeals,
+    Call::SeekData,
+    Call::PagemapScan,
+    Call::Munlock,
+    Call::UffdRegister,
+    Call::UffdMove,
+];
+
 impl Fault {
     pub(super) fn call(&self) -> Call {
-        Call::ALL[usize::from(self.call) % Call::ALL.len()]
+        CALLS[usize::from(self.call) % CALLS.len()]
+    }
+
+    /// How many calls go through before.
+    pub(super) fn skip(&self) -> u32 {
+        u32::from(self.skip % 8)
     }
 
     pub(super) fn times(&self) -> u32 {
@@ -224,7 +247,7 @@ fn layout(input: &mut Unstructured<'_>) -> arbitrary::Result<Vec<Region>> {
         Ok(match blocks {
             0..=127 => Region::Blocks {
                 gap,
-                blocks: 1 + blocks % 3,
+                blocks: 1 + blocks % 8 / 6,
             },
             _ => Region::After {
                 gap,
@@ -232,7 +255,7 @@ fn layout(input: &mut Unstructured<'_>) -> arbitrary::Result<Vec<Region>> {
             },
         })
     };
-    (0..=count % 3).map(|_| likely(input)).collect()
+    (0..=count / 3).map(|_| likely(input)).collect()
 }
 
 /// One thing that happens.
