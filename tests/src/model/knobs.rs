@@ -1,6 +1,6 @@
 //! What a pool can be asked to be like, all of it.
 
-use arbitrary::{Arbitrary, Unstructured};
+use arbitrary::Arbitrary;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -142,29 +142,6 @@ impl Clock for Fast {
 }
 
 impl Knobs {
-    /// Makes up a pool: most can be built, and in most of them faults can be met, which takes the calling thread's own work.
-    pub(crate) fn likely(input: &mut Unstructured<'_>) -> arbitrary::Result<Self> {
-        let mut knobs = Self::arbitrary(input)?;
-        let dice: u8 = input.arbitrary()?;
-        if dice % 16 != 0 {
-            knobs.odd = None;
-            // Room for more than one guest.
-            knobs.blocks |= 3;
-        }
-        if dice / 16 % 4 != 0 {
-            knobs.on_node = false;
-            // Hugetlb memory is revoked in one way only.
-            if knobs.pages == Pages::Huge2M {
-                knobs.by_move = None;
-            }
-        }
-        if dice >= 128 {
-            knobs.threads = 0;
-            knobs.on_node = false;
-        }
-        Ok(knobs)
-    }
-
     /// How many blocks the pool has.
     pub fn blocks(&self) -> u64 {
         1 + u64::from(self.blocks % 8)
@@ -272,7 +249,7 @@ impl Odd {
     fn is_odd(&self) -> bool {
         match *self {
             // Larger ones that are whole blocks may or may not find addresses.
-            Odd::Capacity(bytes) => bytes == 0 || bytes % BLOCK_SIZE != 0,
+            Odd::Capacity(bytes) => bytes == 0 || !bytes.is_multiple_of(BLOCK_SIZE),
             Odd::Threads(threads) => !(1..=4096).contains(&threads),
             Odd::Node(node) => node >= 1024,
         }

@@ -8,6 +8,7 @@
 //! which quarantine is an answer, the model asks no more than that nothing is lost sight of and nothing dirty is leased.
 
 mod books;
+mod chance;
 mod gone;
 mod guest;
 mod knobs;

@@ -2,7 +2,7 @@
 //!
 //! Numbers that name a guest, a page or a ticket wrap around what there is, so that every input means something.
 
-use arbitrary::{Arbitrary, Unstructured};
+use arbitrary::Arbitrary;
 use vm_scrub::test_support::Call;
 
 use super::knobs::Rate;
@@ -176,86 +176,6 @@ pub enum Meddling {
     MapSnapshot,
     /// A file mapped over it, shared.
     MapFile,
-}
-
-impl Op {
-    /// Makes up something: what pools are for often, what is wrong seldom.
-    pub(crate) fn likely(input: &mut Unstructured<'_>) -> arbitrary::Result<Self> {
-        let guest = input.arbitrary()?;
-        Ok(match input.int_in_range(0_u8..=31)? {
-            0..=5 => Op::Lease {
-                regions: layout(input)?,
-                shareable: input.ratio(1_u8, 4)?,
-            },
-            6..=8 => {
-                let (page, at, len, tag) = input.arbitrary()?;
-                Op::Write {
-                    guest,
-                    page,
-                    at,
-                    len,
-                    tag,
-                }
-            }
-            9..=11 => Op::Smear {
-                guest,
-                stride: input.arbitrary()?,
-                tag: input.arbitrary()?,
-            },
-            12..=18 => Op::Teardown {
-                guest,
-                way: input.arbitrary()?,
-            },
-            19..=20 => Op::Proceed {
-                which: guest,
-                to_the_end: input.arbitrary()?,
-            },
-            21..=22 => Op::Ticket {
-                which: guest,
-                way: input.arbitrary()?,
-            },
-            23..=25 => Op::Fault(input.arbitrary()?),
-            26 => {
-                let (what, page, pages) = input.arbitrary()?;
-                Op::Vmm {
-                    guest,
-                    what,
-                    page,
-                    pages,
-                }
-            }
-            27 => Op::Share {
-                guest,
-                writable: input.arbitrary()?,
-            },
-            28 => Op::LetGo(guest),
-            29 => Op::Reclaim,
-            _ => input.arbitrary()?,
-        })
-    }
-}
-
-/// One to three regions that every pool of small pages gives, most often; anything, now and then.
-fn layout(input: &mut Unstructured<'_>) -> arbitrary::Result<Vec<Region>> {
-    let count = input.int_in_range(0_u8..=7)?;
-    if count == 7 {
-        let count = input.int_in_range(0_u8..=5)?;
-        return (0..count).map(|_| input.arbitrary()).collect();
-    }
-    let likely = |input: &mut Unstructured<'_>| {
-        let (gap, blocks) = input.arbitrary::<(u8, u8)>()?;
-        Ok(match blocks {
-            0..=127 => Region::Blocks {
-                gap,
-                blocks: 1 + blocks % 8 / 6,
-            },
-            _ => Region::After {
-                gap,
-                pages: 1 + u16::from(blocks - 128) * 5,
-            },
-        })
-    };
-    (0..=count / 3).map(|_| likely(input)).collect()
 }
 
 /// One thing that happens.

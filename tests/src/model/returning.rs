@@ -10,7 +10,7 @@ use vm_scrub::{Lease, Priority, Quiesced, ScrubReceipt, TeardownError};
 /// What came of a teardown that was begun.
 enum Begun {
     Receipt(Box<ScrubReceipt>),
-    Stage(Stage),
+    Stage(Box<Stage>),
     Dropped,
     Ticket(vm_scrub::Ticket),
 }
@@ -32,7 +32,7 @@ fn begin(lease: Lease, quiesced: Quiesced, way: Way) -> Result<Begun, TeardownEr
         Half::Verified => Stage::Verified(dirty.scrub_and_verify()),
     };
     Ok(match way {
-        Way::HalfWay(_) => Begun::Stage(stage),
+        Way::HalfWay(_) => Begun::Stage(Box::new(stage)),
         _ => {
             drop(stage);
             Begun::Dropped
@@ -75,7 +75,7 @@ impl Model {
         }
         match begun.unwrap_or_else(|error| panic!("{error}")) {
             Begun::Receipt(receipt) => self.settle(&receipt, &gone, met),
-            Begun::Stage(stage) => self.in_hand.push((stage, gone)),
+            Begun::Stage(stage) => self.in_hand.push((*stage, gone)),
             Begun::Dropped => self.lost(&gone),
             Begun::Ticket(ticket) if way == Way::Retired => self.tickets.push((ticket, gone)),
             Begun::Ticket(ticket) => {
