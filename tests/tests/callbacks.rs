@@ -60,6 +60,8 @@ fn calls_back(finish: fn(Lease) -> bool) {
     let _one_at_a_time = POOL.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
     let pool: &'static OnceLock<Pool> = Box::leak(Box::default());
     let called: &'static AtomicBool = Box::leak(Box::default());
+    let (over, wait_for_it) = mpsc::channel();
+    let over = Mutex::new(over);
     let built = builder(PageSize::Base4K, 8)
         .on_progress(move |progress| {
             assert!(progress.bytes_done <= progress.bytes_total);
@@ -81,6 +83,7 @@ fn calls_back(finish: fn(Lease) -> bool) {
             drop(pool.lease(&regions(&[(0, BLOCK_SIZE)])).unwrap());
             drop(pool.lease(&regions(&[(0, 100 * BLOCK_SIZE)])).unwrap_err());
             drop(pool.lease(&regions(&[(0, 7 * BLOCK_SIZE)])));
+            over.lock().unwrap().send(()).unwrap();
         })
         .build()
         .unwrap();
@@ -88,6 +91,8 @@ fn calls_back(finish: fn(Lease) -> bool) {
     let lease = dirty_lease(pool, 6);
     assert!(finish(lease));
     assert!(called.load(Ordering::SeqCst));
+    // It may have helped to finish that very lease, and still be at its own.
+    wait_for_it.recv_timeout(Duration::from_secs(60)).unwrap();
     assert_nothing_dirty_left(pool);
 }
 
