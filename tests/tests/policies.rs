@@ -1,11 +1,16 @@
 //! What a pool's policy changes: how much is read back, and by which loop memory is zeroed.
 
+use log::Level;
 use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
+use vm_scrub::arch::{VerifyLoop, ZeroLoop};
 use vm_scrub::lease::Outcome;
 use vm_scrub::test_support::{Sabotage, build_sabotaged};
-use vm_scrub::{BLOCK_SIZE, PageSize, Policy, Pool, PoolError, ScrubReceipt, Verify};
+use vm_scrub::{
+    BLOCK_SIZE, Operation, PageSize, Policy, Pool, PoolError, Rate, ScrubReceipt, Verify,
+};
 use vm_scrub_tests::child::alone;
+use vm_scrub_tests::logs::{heard, listen};
 use vm_scrub_tests::{assert_nothing_dirty_left, fill, pools, regions, teardown};
 
 const ALL: [(u64, u64); 1] = [(0, 4 * BLOCK_SIZE)];
@@ -75,14 +80,80 @@ fn a_measured_loop_comes_with_its_rates_and_a_named_one_without() {
         .iter()
         .max_by_key(|rate| rate.bytes_per_second);
     assert_eq!(fastest.unwrap().loop_name, receipt.zero_loop);
+    let rates = &receipt.verify_calibration;
+    let fastest = rates.iter().max_by_key(|rate| rate.bytes_per_second);
+    assert_eq!(
+        Some(&fastest.unwrap().loop_name),
+        receipt.verify_loop.as_ref()
+    );
+    assert!(rates.iter().all(|rate| rate.operation == Operation::Verify));
+    assert_eq!(rates.len(), VerifyLoop::available().count());
 
-    for zero_loop in vm_scrub::arch::ZeroLoop::available() {
+    for zero_loop in ZeroLoop::available() {
         let pool = with(Policy::new().zero_loop(zero_loop));
         let receipt = generation(&pool);
         assert_eq!(receipt.zero_loop, zero_loop.name());
         assert!(receipt.calibration.is_empty() && receipt.is_proven());
+        // What reads its zeros back is measured all the same.
+        assert!(!receipt.verify_calibration.is_empty());
         assert_nothing_dirty_left(&pool);
     }
+    for verify_loop in VerifyLoop::available() {
+        let pool = with(Policy::new().verify_loop(verify_loop));
+        let receipt = generation(&pool);
+        assert_eq!(receipt.verify_loop.as_deref(), Some(verify_loop.name()));
+        assert!(receipt.verify_calibration.is_empty() && receipt.is_proven());
+        assert!(!receipt.calibration.is_empty());
+    }
+    let receipt = generation(&with(Policy::new().verify(Verify::None)));
+    assert!(receipt.verify_calibration.is_empty(), "nothing was read");
+}
+
+#[test]
+fn without_a_pool_one_page_is_measured_and_before_much_work_the_host() {
+    alone(
+        "without_a_pool_one_page_is_measured_and_before_much_work_the_host",
+        || {
+            let scrub = |bytes: usize, policy: &Policy| {
+                let mut memory = vec![1_u8; bytes];
+                vm_scrub::scrub(&mut memory, policy).unwrap()
+            };
+            let named = Policy::new()
+                .zero_loop(ZeroLoop::best_guess())
+                .verify_loop(VerifyLoop::portable());
+            let done = scrub(64 << 20, &named);
+            assert!(done.calibration.is_empty() && done.verify_calibration.is_empty());
+
+            let fastest = |rates: &[Rate]| {
+                let fastest = rates.iter().max_by_key(|rate| rate.bytes_per_second);
+                fastest.expect("measured").loop_name.clone()
+            };
+            let small = |rates: &[Rate]| rates.iter().all(|rate| rate.bytes == 4096);
+            let done = scrub(1 << 20, &Policy::new());
+            assert_eq!(done.zero_loop, fastest(&done.calibration));
+            assert_eq!(done.verify_loop, Some(fastest(&done.verify_calibration)));
+            assert!(small(&done.calibration) && small(&done.verify_calibration));
+
+            listen();
+            let done = scrub(64 << 20, &Policy::new());
+            if heard(Level::Warn, "not measured beyond") {
+                return println!("SKIPPED measuring the host: it is too busy");
+            }
+            assert_eq!(done.zero_loop, fastest(&done.calibration));
+            assert!(!small(&done.calibration));
+            for operation in ["zero,", "verify,", "zero-and-verify,"] {
+                for size in [4096, 64 << 20] {
+                    let line = format!("{operation} {size} bytes: portable ");
+                    assert!(heard(Level::Info, &line), "{line}");
+                }
+            }
+            assert!(heard(Level::Info, "loops measured in "));
+            // It was the only time.
+            listen();
+            let _ = with(Policy::new());
+            assert!(!heard(Level::Info, "loops measured"));
+        },
+    );
 }
 
 #[test]
@@ -100,6 +171,24 @@ fn the_environment_names_the_loop() {
             text.contains("VM_SCRUB_LOOP") && text.contains("fastest") && text.contains("portable"),
             "{text}"
         );
+        // SAFETY: as above.
+        unsafe { std::env::remove_var("VM_SCRUB_LOOP") };
+        // SAFETY: as above.
+        unsafe { std::env::set_var("VM_SCRUB_VERIFY_LOOP", "portable") };
+        let receipt = generation(&with(Policy::new()));
+        assert_eq!(receipt.verify_loop.as_deref(), Some("portable"));
+        // SAFETY: as above.
+        unsafe { std::env::set_var("VM_SCRUB_VERIFY_LOOP", "rep-stosb") };
+        let error = pools::builder(PageSize::Base4K, 1).build().unwrap_err();
+        let text = error.to_string();
+        assert!(
+            text.starts_with("VM_SCRUB_VERIFY_LOOP: there is no verification loop"),
+            "{text}"
+        );
+        // SAFETY: as above.
+        unsafe { std::env::remove_var("VM_SCRUB_VERIFY_LOOP") };
+        // SAFETY: as above.
+        unsafe { std::env::set_var("VM_SCRUB_LOOP", "fastest") };
         let mut memory = [1_u8; 64];
         let error = vm_scrub::scrub(&mut memory, &Policy::new()).unwrap_err();
         assert!(error.to_string().contains("VM_SCRUB_LOOP"), "{error}");

@@ -49,6 +49,7 @@ fn a_proven_receipt(page_size: PageSize) {
         "verify_loop",
         "sample_seed",
         "calibration",
+        "verify_calibration",
         "threads",
         "elapsed_ns",
         "steps",
@@ -92,6 +93,17 @@ fn a_proven_receipt(page_size: PageSize) {
     assert_eq!(json["quarantined"], json!([]));
     assert_eq!(json["loop"], receipt.zero_loop);
     assert_eq!(json["verify_loop"], json!(receipt.verify_loop));
+    for (rates, operation) in [
+        ("calibration", "zero-and-verify"),
+        ("verify_calibration", "verify"),
+    ] {
+        let rates = json[rates].as_array().unwrap();
+        assert!(!rates.is_empty());
+        for rate in rates {
+            assert_eq!(rate["operation"], operation);
+            assert!(rate["loop"].is_string() && rate["bytes_per_second"].is_u64());
+        }
+    }
     assert_eq!(json["threads"], 2);
     assert_eq!(json["outcome"], "proven");
 

@@ -60,7 +60,7 @@ pub mod x86_64;
 mod tests;
 
 pub(crate) use flush::flush_from_cache;
-use table::{FirstNonzero, Row, Zero, available, handle, verify_row, zero_row};
+use table::{FirstNonzero, Row, Zero, handle, verify_row, zero_row};
 pub use unknown::UnknownLoop;
 
 /// Every zeroing loop of this architecture.
@@ -160,10 +160,9 @@ pub struct VerifyLoop(&'static Row<FirstNonzero>);
 handle!(VerifyLoop, "verification", VERIFY, VERIFY_NAMES);
 
 impl VerifyLoop {
-    /// The loop with the widest loads of those that are available.
-    pub fn widest() -> Self {
-        const PORTABLE: &Row<FirstNonzero> = &verify_row!(all::portable::Verify);
-        Self(available(VERIFY).last().unwrap_or(PORTABLE))
+    /// The loop that runs everywhere.
+    pub fn portable() -> Self {
+        Self(const { &verify_row!(all::portable::Verify) })
     }
 
     /// The offset of the first byte of the `len` from `ptr` that is not zero, in bytes; `None` if

@@ -83,6 +83,9 @@ macro_rules! verify_row {
 macro_rules! handle {
     ($handle:ident, $task:literal, $rows:expr, $names:expr) => {
         impl $handle {
+            /// What these loops do, as [`UnknownLoop`] has it.
+            pub(crate) const TASK: &'static str = $task;
+
             /// Every loop that this processor can run, `portable` first.
             pub fn available() -> impl Iterator<Item = Self> + Clone {
                 $crate::arch::table::available($rows).map(Self)
@@ -96,7 +99,7 @@ macro_rules! handle {
             /// [`UnknownLoop::NotAvailable`] if this processor can't run it. Both list the names
             /// that would have worked.
             pub fn by_name(name: &str) -> Result<Self, UnknownLoop> {
-                $crate::arch::table::by_name($task, $rows, $names, name).map(Self)
+                $crate::arch::table::by_name(Self::TASK, $rows, $names, name).map(Self)
             }
 
             /// The name: what [`by_name`](Self::by_name) takes and `Display` prints.

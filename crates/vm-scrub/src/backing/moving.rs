@@ -253,7 +253,10 @@ unsafe fn discard_zero_page(pagemap: &Pagemap, address: *mut u8) -> sys::Result<
     }
     // SAFETY: passed on to the caller.
     unsafe {
-        if VerifyLoop::widest().first_nonzero(address, BLOCK).is_some() {
+        if VerifyLoop::portable()
+            .first_nonzero(address, BLOCK)
+            .is_some()
+        {
             return Ok(false);
         }
         map::advise(HostPtr(address).0, BLOCK, map::Advice::Discard)?;

@@ -136,8 +136,13 @@ pub struct ScrubReceipt {
     pub verify_loop: Option<String>,
     /// Decides which lines were read back, with [`Verify::Sampled`].
     pub sample_seed: Option<u64>,
-    /// The rates between which the zeroing loop was chosen; empty if it was named, or guessed.
+    /// The rates between which the zeroing loop was chosen, at the size nearest to this lease's: of zeroing, or where everything
+    /// is read back at once, of both. Empty if the loop was named.
     pub calibration: Vec<Rate>,
+    /// The rates of reading between which the verification loop was chosen: at the size nearest to this lease's, or where
+    /// everything is read back at once, to the distance at which that happens. Empty if the loop was named, or nothing was read.
+    #[cfg_attr(feature = "serde", serde(default))]
+    pub verify_calibration: Vec<Rate>,
     /// How many threads worked at the same time: one, if there was little to do.
     pub threads: usize,
     /// The time from the call of teardown to the receipt, in nanoseconds.

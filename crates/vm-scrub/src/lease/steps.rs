@@ -217,6 +217,7 @@ fn open_receipt(lease: &Lease, pool: &Shared) -> ScrubReceipt {
         verify_loop: None,
         sample_seed: None,
         calibration: Vec::new(),
+        verify_calibration: Vec::new(),
         threads: pool.engine.workers().threads(),
         elapsed_ns: 0,
         steps: StepTimes::default(),
@@ -261,13 +262,16 @@ impl<S: State> Steps<S> {
         // process may write to memory that is shared with it: zeroing does not depend on what it finds, and what is read
         // back counts only once the kernel has excluded that.
         let job = unsafe { engine.job(arena, ranges, work, *verify, self.seed) };
+        let choice = job.choice();
         if work.zeroes() {
-            let (_, bytes) = job.progress();
-            self.receipt.zero_loop = job.zero_loop().name().to_owned();
-            self.receipt.calibration = engine.rates_for(bytes, *verify, work);
+            self.receipt.zero_loop = choice.zero_loop.name().to_owned();
+            self.receipt.calibration.clone_from(&choice.zero_rates);
         }
         if work != Work::Zero && *verify != Verify::None {
-            self.receipt.verify_loop = Some(job.verify_loop().name().to_owned());
+            self.receipt.verify_loop = Some(choice.verify_loop.name().to_owned());
+            self.receipt
+                .verify_calibration
+                .clone_from(&choice.verify_rates);
         }
         job
     }

@@ -4,7 +4,7 @@ use super::builder::MAX_THREADS;
 use crate::BLOCK_SIZE;
 use crate::arch::UnknownLoop;
 use crate::backing::RevokeBy;
-use crate::scrub::StartError;
+use crate::scrub::{StartError, variable};
 use crate::sys::{self, hugetlb};
 
 /// Why a pool could not be made. Nothing is left behind.
@@ -141,8 +141,8 @@ pub enum PoolError {
         /// The call that failed, if one did.
         r#source: Option<sys::Error>,
     },
-    /// The environment variable `VM_SCRUB_LOOP` names no zeroing loop that runs here.
-    #[error("VM_SCRUB_LOOP: {0}")]
+    /// The environment variable `VM_SCRUB_LOOP` or `VM_SCRUB_VERIFY_LOOP` names no loop that runs here.
+    #[error("{variable}: {0}", variable = variable(.0))]
     UnknownLoop(UnknownLoop),
     /// The scrubbing threads could not be started.
     #[error(

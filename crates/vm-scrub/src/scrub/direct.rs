@@ -1,7 +1,8 @@
 //! Scrubbing memory that vm-scrub did not allocate, on the calling thread.
 
 use super::broken::joined;
-use super::engine::Engine;
+use super::calibrate::Rate;
+use super::engine::{Engine, variable};
 use super::job::Job;
 use super::pass::{HostPtr, Work};
 use super::policy::{Policy, Verify};
@@ -34,6 +35,10 @@ pub struct Scrubbed {
     pub zero_loop: String,
     /// The name of the verification loop, if anything was read back.
     pub verify_loop: Option<String>,
+    /// The rates between which the zeroing loop was chosen; empty if it was named. See [`scrub_raw`] for when they are measured.
+    pub calibration: Vec<Rate>,
+    /// The rates of reading between which the verification loop was chosen; empty if it was named, or nothing was read back.
+    pub verify_calibration: Vec<Rate>,
     /// Decides which lines were read back, with [`Verify::Sampled`].
     pub sample_seed: Option<u64>,
     /// How long zeroing took.
@@ -53,7 +58,7 @@ pub enum ScrubError {
         /// The length that was given, in bytes.
         len: usize,
     },
-    /// The environment variable `VM_SCRUB_LOOP` names no loop that runs here. Nothing was written.
+    /// The environment variable `VM_SCRUB_LOOP` or `VM_SCRUB_VERIFY_LOOP` names no loop that runs here. Nothing was written.
     UnknownLoop(UnknownLoop),
     /// Memory in the range could not be accessed: broken hardware, or a mapping of a file that has become shorter. Everything else
     /// was set to zero and read back as the policy says, and nothing was given back to the kernel. Needs
@@ -81,7 +86,7 @@ impl fmt::Display for ScrubError {
                 "{len} bytes from address {address:#x} are not a range of memory: pass a pointer that is not null and a \
                  length that ends inside the address space"
             ),
-            ScrubError::UnknownLoop(error) => write!(f, "VM_SCRUB_LOOP: {error}"),
+            ScrubError::UnknownLoop(error) => write!(f, "{}: {error}", variable(error)),
             ScrubError::MemoryError { ranges } => write!(
                 f,
                 "memory error at offset {:#x} ({} bytes in all could not be accessed; the rest was scrubbed): use that memory no \
@@ -132,6 +137,12 @@ pub fn scrub(memory: &mut [u8], policy: &Policy) -> Result<Scrubbed, ScrubError>
 /// 1 GiB that touched 64 KiB costs 64 KiB. The kernel is asked which these are, from 256 KiB on; what it does not answer is
 /// scrubbed.
 ///
+/// The loops are the fastest of those that were measured on this host, never a guess. A process that has built a pool has measured
+/// already ([`calibration`](crate::calibration)). One that has not does it in the first call that finds 64 MiB or more to
+/// scrub, which takes up to 50 ms longer; calls with less to do, until then, choose between the rates of a single page, which takes
+/// the first of them a third of a millisecond. To measure at another time call [`calibration`](crate::calibration); a policy
+/// that names both loops measures nothing.
+///
 /// # Errors
 ///
 /// [`ScrubError::InvalidRange`] and [`ScrubError::UnknownLoop`] before anything is written, [`ScrubError::NotZero`] if
@@ -139,8 +150,10 @@ pub fn scrub(memory: &mut [u8], policy: &Policy) -> Result<Scrubbed, ScrubError>
 ///
 /// # Safety
 ///
-/// The range must be mapped readable and writable, inside one mapping or allocation, and nothing (thread, guest, device,
-/// Rust reference) may access it during the call. Zero must be a valid value for whatever lives there.
+/// Every page of the range must be mapped readable and writable, and `address` be allowed to access all of it: inside one
+/// allocation, where it comes from an allocator; mappings that lie one behind the other, of whatever kinds, may be scrubbed in one
+/// call. Nothing (thread, guest, device, Rust reference) may access the range during the call. Zero must be a valid value for
+/// whatever lives there.
 pub unsafe fn scrub_raw(
     address: *mut u8,
     len: usize,
@@ -199,13 +212,16 @@ pub unsafe fn scrub_raw(
     // SAFETY: the range is the caller's, and every byte of what is given back was zeroed.
     let bytes_returned = unsafe { give_back(base, len, &residency, policy.retain) };
     let read_back = policy.verify != Verify::None;
+    let choice = job.choice();
     Ok(Scrubbed {
         bytes: zeroed.bytes(),
         bytes_never_populated: residency.never_populated,
         bytes_verified: verdict.bytes(),
         bytes_returned,
-        zero_loop: job.zero_loop().name().to_owned(),
-        verify_loop: read_back.then(|| job.verify_loop().name().to_owned()),
+        zero_loop: choice.zero_loop.name().to_owned(),
+        verify_loop: read_back.then(|| choice.verify_loop.name().to_owned()),
+        calibration: choice.zero_rates.clone(),
+        verify_calibration: choice.verify_rates.clone(),
         sample_seed: matches!(policy.verify, Verify::Sampled { .. }).then_some(seed),
         zeroing: zeroed.time(),
         verifying: verdict.time(),

@@ -1,7 +1,9 @@
 //! Which loop treats which memory, and with which threads.
 
 use super::batches::Batches;
-use super::calibrate::{Calibration, Operation, Rate, calibration};
+use super::calibrate::{
+    Calibration, Operation, Rate, calibration, calibration_for, read_back_from,
+};
 use super::job::{Job, Watch};
 use super::pass::{HostPtr, Pass, Work};
 use super::policy::{Policy, Verify};
@@ -14,24 +16,31 @@ use std::ops::Range;
 use super::pass::Sabotage;
 
 /// The environment variable that names the zeroing loop, where the policy does not.
-const LOOP_VARIABLE: &str = "VM_SCRUB_LOOP";
+const ZERO_VARIABLE: &str = "VM_SCRUB_LOOP";
 
-/// Where the zeroing loop comes from.
-#[derive(Debug, Clone, Copy)]
-enum Choice {
-    /// The policy or the environment names it.
-    Named(ZeroLoop),
-    /// It was measured, by size.
-    Measured(&'static Calibration),
-    /// The processor's word for it.
-    Guessed(ZeroLoop),
+/// The same for the verification loop.
+const VERIFY_VARIABLE: &str = "VM_SCRUB_VERIFY_LOOP";
+
+/// The loops for a job, and why it is these.
+#[derive(Debug, Clone)]
+pub(crate) struct Choice {
+    pub(crate) zero_loop: ZeroLoop,
+    pub(crate) verify_loop: VerifyLoop,
+    /// The rates between which the zeroing loop was chosen; none if it was named.
+    pub(crate) zero_rates: Vec<Rate>,
+    /// The rates between which the verification loop was chosen; none if it was named, or nothing is read.
+    pub(crate) verify_rates: Vec<Rate>,
 }
 
 /// The loops and the threads.
 #[derive(Debug)]
 pub(crate) struct Engine {
     workers: Workers,
-    choice: Choice,
+    /// The loops that the policy or the environment names.
+    zero_loop: Option<ZeroLoop>,
+    verify_loop: Option<VerifyLoop>,
+    /// What was measured when the pool was built. Without a pool it depends on how much there is to do.
+    measured: Option<&'static Calibration>,
     probe: bool,
     /// The size of the pages, in bytes, as far as it is known: 4 KiB or more.
     page: usize,
@@ -39,15 +48,25 @@ pub(crate) struct Engine {
     sabotage: Option<Sabotage>,
 }
 
-fn named(policy: &Policy) -> Result<Option<ZeroLoop>, UnknownLoop> {
-    if policy.zero_loop.is_some() {
-        return Ok(policy.zero_loop);
-    }
-    match std::env::var(LOOP_VARIABLE) {
-        Ok(name) if !name.is_empty() => ZeroLoop::by_name(&name).map(Some),
+/// The loop that the environment variable names.
+fn named<L>(
+    variable: &str,
+    by_name: impl Fn(&str) -> Result<L, UnknownLoop>,
+) -> Result<Option<L>, UnknownLoop> {
+    match std::env::var(variable) {
+        Ok(name) if !name.is_empty() => by_name(&name).map(Some),
         Ok(_) | Err(VarError::NotPresent) => Ok(None),
         // No loop has such a name, and the error says so.
-        Err(VarError::NotUnicode(name)) => ZeroLoop::by_name(&name.to_string_lossy()).map(Some),
+        Err(VarError::NotUnicode(name)) => by_name(&name.to_string_lossy()).map(Some),
+    }
+}
+
+/// The environment variable that names such a loop.
+pub(crate) fn variable(error: &UnknownLoop) -> &'static str {
+    let (UnknownLoop::NoSuchLoop { task, .. } | UnknownLoop::NotAvailable { task, .. }) = error;
+    match *task {
+        VerifyLoop::TASK => VERIFY_VARIABLE,
+        _ => ZERO_VARIABLE,
     }
 }
 
@@ -61,39 +80,44 @@ fn operation(verify: Verify, work: Work) -> Operation {
 }
 
 impl Engine {
-    /// An engine for memory in pages of `page` bytes that measures which loop is fastest, if no policy says it and nobody has
-    /// measured yet: once in a process, for at most 50 ms.
+    /// An engine for memory in pages of `page` bytes that measures which loops are fastest, if the policy does not say both and
+    /// nobody has measured yet: once in a process, for at most 50 ms.
     pub(crate) fn calibrated(
         workers: Workers,
         policy: &Policy,
         page: usize,
     ) -> Result<Self, UnknownLoop> {
-        let choice = match named(policy)? {
-            Some(zero_loop) => Choice::Named(zero_loop),
-            None => Choice::Measured(calibration()),
-        };
-        Ok(Self::with(workers, choice, policy, page))
+        let mut engine = Self::new(workers, policy, page)?;
+        if engine.zero_loop.is_none() || engine.verify_loop.is_none() {
+            engine.measured = Some(calibration());
+        }
+        Ok(engine)
     }
 
-    /// An engine on the calling thread, for memory of any origin, that does not stop to measure.
+    /// An engine on the calling thread, for memory of any origin, that stops to measure only when there is a lot to do.
     pub(crate) fn immediate(policy: &Policy) -> Result<Self, UnknownLoop> {
-        let choice = match (named(policy)?, Calibration::if_done()) {
-            (Some(zero_loop), _) => Choice::Named(zero_loop),
-            (None, Some(calibration)) => Choice::Measured(calibration),
-            (None, None) => Choice::Guessed(ZeroLoop::best_guess()),
-        };
-        Ok(Self::with(Workers::caller(), choice, policy, 4096))
+        Self::new(Workers::caller(), policy, 4096)
     }
 
-    fn with(workers: Workers, choice: Choice, policy: &Policy, page: usize) -> Self {
-        Self {
+    fn new(workers: Workers, policy: &Policy, page: usize) -> Result<Self, UnknownLoop> {
+        let zero_loop = match policy.zero_loop {
+            Some(zero_loop) => Some(zero_loop),
+            None => named(ZERO_VARIABLE, ZeroLoop::by_name)?,
+        };
+        let verify_loop = match policy.verify_loop {
+            Some(verify_loop) => Some(verify_loop),
+            None => named(VERIFY_VARIABLE, VerifyLoop::by_name)?,
+        };
+        Ok(Self {
             workers,
-            choice,
+            zero_loop,
+            verify_loop,
+            measured: None,
             probe: policy.probe,
             page,
             #[cfg(any(test, feature = "test-support"))]
             sabotage: None,
-        }
+        })
     }
 
     /// Breaks this engine.
@@ -108,29 +132,44 @@ impl Engine {
     }
 
     /// The loops that zero `bytes` bytes and read them back as `verify` says.
-    fn loops(&self, bytes: u64, verify: Verify, work: Work) -> (ZeroLoop, VerifyLoop) {
-        let calibration = match self.choice {
-            Choice::Measured(calibration) => calibration,
-            Choice::Guessed(zero_loop) => return (zero_loop, VerifyLoop::widest()),
-            Choice::Named(zero_loop) => {
-                let measured = Calibration::if_done().map(|measured| measured.partner(zero_loop));
-                return (zero_loop, measured.unwrap_or_else(VerifyLoop::widest));
+    fn choose(&self, bytes: u64, verify: Verify, work: Work) -> Choice {
+        let reads = verify != Verify::None && work != Work::Zero;
+        let (zero_rates, verify_rates) = (Vec::new(), Vec::new());
+        let measured = match (self.zero_loop, self.verify_loop) {
+            (Some(zero_loop), Some(verify_loop)) => {
+                return Choice {
+                    zero_loop,
+                    verify_loop,
+                    zero_rates,
+                    verify_rates,
+                };
             }
+            _ => self.measured.unwrap_or_else(|| calibration_for(bytes)),
         };
-        match operation(verify, work) {
-            Operation::ZeroAndVerify => calibration.fastest_zero_and_verify(bytes),
-            Operation::Zero | Operation::Verify => (
-                calibration.fastest_zero(bytes),
-                calibration.fastest_verify(bytes),
-            ),
-        }
-    }
-
-    /// The rates between which the zeroing loop for that was chosen; none if it was not measured.
-    pub(crate) fn rates_for(&self, bytes: u64, verify: Verify, work: Work) -> Vec<Rate> {
-        match self.choice {
-            Choice::Named(_) | Choice::Guessed(_) => Vec::new(),
-            Choice::Measured(calibration) => calibration.rates_for(operation(verify, work), bytes),
+        let operation = operation(verify, work);
+        let zero_loop = self.zero_loop.unwrap_or_else(|| match operation {
+            Operation::ZeroAndVerify => measured.fastest_zero_and_verify(bytes).0,
+            Operation::Zero | Operation::Verify => measured.fastest_zero(bytes),
+        });
+        // What was zeroed just now is read from where it was left, and what was flushed from memory.
+        let read_from = match (operation, verify) {
+            (Operation::ZeroAndVerify, _) => read_back_from(zero_loop),
+            (_, Verify::Memory) => u64::MAX,
+            _ => bytes,
+        };
+        Choice {
+            zero_loop,
+            verify_loop: self
+                .verify_loop
+                .unwrap_or_else(|| measured.fastest_verify(read_from)),
+            zero_rates: match self.zero_loop {
+                None if work.zeroes() => measured.rates_for(operation, bytes),
+                _ => zero_rates,
+            },
+            verify_rates: match self.verify_loop {
+                None if reads => measured.rates_for(Operation::Verify, read_from),
+                _ => verify_rates,
+            },
         }
     }
 
@@ -147,11 +186,11 @@ impl Engine {
         seed: u64,
     ) -> Job {
         let bytes = ranges.iter().map(|range| range.len() as u64).sum();
-        let (zero_loop, verify_loop) = self.loops(bytes, verify, work);
+        let choice = self.choose(bytes, verify, work);
         let pass = Pass {
             base,
-            zero_loop,
-            verify_loop,
+            zero_loop: choice.zero_loop,
+            verify_loop: choice.verify_loop,
             verify,
             seed,
             probe: self.probe,
@@ -160,7 +199,7 @@ impl Engine {
             sabotage: self.sabotage,
         };
         // SAFETY: passed on to the caller.
-        unsafe { Job::new(pass, work, Batches::new(ranges.to_vec())) }
+        unsafe { Job::new(pass, work, choice, Batches::new(ranges.to_vec())) }
     }
 
     /// Does all of a job now. Returns with how many threads.

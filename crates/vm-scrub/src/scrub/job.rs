@@ -5,9 +5,9 @@
 
 use super::batches::Batches;
 use super::broken::{Broken, bytes_in};
+use super::engine::Choice;
 use super::pass::{Pass, Tally, Work};
 use super::workers::Workers;
-use crate::arch::{VerifyLoop, ZeroLoop};
 use crate::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
@@ -91,6 +91,7 @@ const FEW: u64 = 1 << 20;
 pub(crate) struct Job {
     pass: Pass,
     work: Work,
+    choice: Choice,
     batches: Batches,
     total: u64,
     done: AtomicU64,
@@ -103,10 +104,11 @@ impl Job {
     /// # Safety
     /// Until the job is settled or dropped the ranges must be disjoint, mapped readable and (but for
     /// [`Work::ReadSealed`]) writable, and nobody else may write to them, nor read what is zeroed.
-    pub(crate) unsafe fn new(pass: Pass, work: Work, batches: Batches) -> Self {
+    pub(crate) unsafe fn new(pass: Pass, work: Work, choice: Choice, batches: Batches) -> Self {
         Self {
             pass,
             work,
+            choice,
             total: batches.bytes(),
             batches,
             done: AtomicU64::new(0),
@@ -114,14 +116,9 @@ impl Job {
         }
     }
 
-    /// The loop that writes zeros.
-    pub(crate) fn zero_loop(&self) -> ZeroLoop {
-        self.pass.zero_loop
-    }
-
-    /// The loop that reads back.
-    pub(crate) fn verify_loop(&self) -> VerifyLoop {
-        self.pass.verify_loop
+    /// The loops that write zeros and read back, and why it is these.
+    pub(crate) fn choice(&self) -> &Choice {
+        &self.choice
     }
 
     /// Bytes that are done, and bytes in all.

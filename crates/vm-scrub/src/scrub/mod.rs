@@ -21,7 +21,7 @@ pub(crate) use broken::Broken;
 pub(crate) use broken::{bytes_in, joined};
 pub use calibrate::{Calibration, Operation, Rate, calibration};
 pub use direct::{ScrubError, Scrubbed, scrub, scrub_raw};
-pub(crate) use engine::Engine;
+pub(crate) use engine::{Engine, variable};
 pub(crate) use job::{Job, Verdict, Watch, Zeroed};
 #[cfg(any(test, feature = "test-support"))]
 pub use pass::Sabotage;

@@ -1,6 +1,6 @@
 //! What an embedder decides about scrubbing.
 
-use crate::arch::ZeroLoop;
+use crate::arch::{VerifyLoop, ZeroLoop};
 
 /// How much of the memory that was zeroed is read back, and from where.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
@@ -42,6 +42,7 @@ impl Verify {
 pub struct Policy {
     pub(crate) verify: Verify,
     pub(crate) zero_loop: Option<ZeroLoop>,
+    pub(crate) verify_loop: Option<VerifyLoop>,
     pub(crate) retain: u64,
     pub(crate) probe: bool,
 }
@@ -51,6 +52,7 @@ impl Default for Policy {
         Self {
             verify: Verify::default(),
             zero_loop: None,
+            verify_loop: None,
             retain: u64::MAX,
             probe: false,
         }
@@ -58,7 +60,7 @@ impl Default for Policy {
 }
 
 impl Policy {
-    /// Everything is read back; the zeroing loop is the one that is fastest on this host; all memory stays populated.
+    /// Everything is read back; the loops are those that are fastest on this host; all memory stays populated.
     pub fn new() -> Self {
         Self::default()
     }
@@ -70,9 +72,17 @@ impl Policy {
     }
 
     /// Zeroes with this loop and no other. Without it, the loop that the environment variable `VM_SCRUB_LOOP` names, else the
-    /// one that was measured to be the fastest ([`calibration`](crate::calibration)).
+    /// one that was measured to be the fastest: when a pool is built ([`calibration`](crate::calibration)), or without a pool
+    /// as [`scrub_raw`](crate::scrub_raw) says. A name that is no loop here is an error.
     pub fn zero_loop(mut self, zero_loop: ZeroLoop) -> Self {
         self.zero_loop = Some(zero_loop);
+        self
+    }
+
+    /// Reads back with this loop and no other. Without it, the loop that the environment variable `VM_SCRUB_VERIFY_LOOP` names,
+    /// else the one that was measured to be the fastest where the zeroing loop leaves the zeros.
+    pub fn verify_loop(mut self, verify_loop: VerifyLoop) -> Self {
+        self.verify_loop = Some(verify_loop);
         self
     }
 

@@ -31,7 +31,7 @@ fn zeros_are_seen_by_whoever_sees_that_they_were_written() {
 /// How many times the receiving thread met bytes other than those handed to it.
 fn hand_over(zero: ZeroLoop, len: usize) -> usize {
     let mut buffer = Guarded::new(len);
-    let verify = VerifyLoop::widest();
+    let verify = VerifyLoop::portable();
     let turn = AtomicUsize::new(0);
     // The address alone goes to the other thread; the turns say whose the bytes are.
     let shared = Shared(buffer.start());

@@ -1,6 +1,5 @@
 //! Memory to measure on.
 
-use crate::arch::flush_from_cache;
 use crate::sys::map::{self, Advice};
 
 /// The step, in bytes, between addresses that may be in different pages.
@@ -41,15 +40,10 @@ impl Scratch {
         Some(scratch)
     }
 
-    /// The address `offset` bytes from the start.
-    pub(super) fn at(&self, offset: usize) -> *mut u8 {
-        self.start.wrapping_add(offset)
-    }
-
-    /// Drops the first `len` bytes from all caches.
-    pub(super) fn flush(&self, len: usize) {
-        // SAFETY: the memory is mapped.
-        unsafe { flush_from_cache(self.start, len.min(self.len)) };
+    /// The memory.
+    pub(super) fn bytes(&mut self) -> &mut [u8] {
+        // SAFETY: mapped over this length, initialised by the kernel, and only reachable through `self`.
+        unsafe { std::slice::from_raw_parts_mut(self.start, self.len) }
     }
 }
 
