@@ -11,6 +11,12 @@ const MAX_GUESTS: i64 = 10_000;
 /// The largest guest, in bytes: what the demonstration's page tables can map.
 const MAX_MEMORY: u64 = 64 << 30;
 
+/// How vm-scrub is told which loops to use where no argument says it.
+const LOOP_VARIABLES: &str = "\
+Environment:
+  VM_SCRUB_LOOP         The zeroing loop that vm-scrub's pools use, instead of the fastest that is measured
+  VM_SCRUB_VERIFY_LOOP  The verification loop, likewise (`bench loops` lists the names of both kinds)";
+
 /// Scrubs a guest's memory when the guest goes, proves it, and only then lets another guest have it.
 #[derive(Debug, Parser)]
 #[command(name = "vm-scrub", version, propagate_version = true)]
@@ -29,6 +35,7 @@ pub(crate) enum Command {
     ///
     /// Contenders take turns, after warm-up; what they leave behind is looked at after each run. Exit status 0 if everything could
     /// be measured, 1 otherwise, 2 for bad arguments.
+    #[command(after_help = LOOP_VARIABLES)]
     Bench(BenchArgs),
 }
 

@@ -14,15 +14,18 @@ use clap::error::ErrorKind;
 use clap::{CommandFactory, Parser};
 use std::io::{self, Write};
 use std::process::ExitCode;
+use vm_scrub::Policy;
 
 fn main() -> ExitCode {
     let args = Args::parse();
     if let Command::Bench(bench) = &args.command
         && let Err(why) = bench.check()
     {
-        Args::command()
-            .error(ErrorKind::ArgumentConflict, why)
-            .exit();
+        refuse(ErrorKind::ArgumentConflict, why);
+    }
+    // To scrub nothing asks for nothing but loops that exist, which the environment may name.
+    if let Err(why) = vm_scrub::scrub(&mut [], &Policy::new()) {
+        refuse(ErrorKind::InvalidValue, why);
     }
     env_logger::Builder::from_env(env_logger::Env::default().default_filter_or("error")).init();
     let done = match args.command {
@@ -37,7 +40,18 @@ fn main() -> ExitCode {
             if !error.is::<demo::NobodyReads>() {
                 let _ = writeln!(io::stderr(), "error: {error:#}");
             }
+            if error.is::<bench::NotWritable>() {
+                return ExitCode::from(BAD_ARGUMENTS);
+            }
             ExitCode::FAILURE
         }
     }
+}
+
+/// The exit status of what clap refuses.
+const BAD_ARGUMENTS: u8 = 2;
+
+/// Ends as clap does when an argument is bad.
+fn refuse(kind: ErrorKind, why: impl std::fmt::Display) -> ! {
+    Args::command().error(kind, why).exit()
 }

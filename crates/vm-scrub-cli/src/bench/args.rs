@@ -111,7 +111,7 @@ pub(crate) struct BenchArgs {
     #[arg(long, value_name = "4k|thp|2m", value_delimiter = ',', value_parser = crate::args::page_size)]
     pub(crate) page_size: Vec<PageSize>,
 
-    /// Threads, of vm-scrub and of what it is compared with [default: one per processor]
+    /// Threads, of vm-scrub and of what it is compared with, at most 16 per processor [default: one per processor]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1024))]
     pub(crate) threads: Option<u32>,
 
@@ -164,6 +164,14 @@ impl BenchArgs {
         {
             return Err("--export-svg draws `turnaround`, which is not measured: ask for `turnaround` or `all`, or use --export-html".into());
         }
+        let processors = std::thread::available_parallelism().map_or(1, usize::from);
+        let most = most_threads(processors);
+        if let Some(threads) = self.threads.filter(|threads| *threads as usize > most) {
+            return Err(format!(
+                "{threads} threads on {processors} processors would measure how long idle threads look for work: ask for at most \
+                 --threads {most}"
+            ));
+        }
         let files = [
             &self.export_json,
             &self.export_csv,
@@ -181,6 +189,14 @@ impl BenchArgs {
             None => Ok(()),
         }
     }
+}
+
+/// The most threads that are measured. Each thread of a rayon pool that runs out of work looks for some with all others, several
+/// times, before it sleeps: that grows with the square of their number, and there is a pool for each contender. With 1,024 threads on
+/// 2 processors one run of 4 MiB took minutes.
+fn most_threads(processors: usize) -> usize {
+    const FOR_EACH: usize = 16;
+    FOR_EACH * processors
 }
 
 fn memory_size(text: &str) -> Result<u64, String> {
@@ -261,6 +277,22 @@ pub(super) mod tests {
             negative.to_string().contains("between 0 and 86400"),
             "{negative}"
         );
+    }
+
+    #[test]
+    fn more_threads_than_can_be_measured_are_refused_with_advice() {
+        let processors = std::thread::available_parallelism().map_or(1, usize::from);
+        let most = most_threads(processors);
+        let with = |threads| {
+            let line = format!("turnaround --memory 4M --threads {threads}");
+            parse(&line).expect("good by itself").check()
+        };
+        assert_eq!(with(most.min(1024)), Ok(()));
+        if most < 1024 {
+            let error = with(1024).expect_err("too many");
+            let advice = format!("at most --threads {most}");
+            assert!(error.contains(&advice), "{error}");
+        }
     }
 
     #[test]

@@ -28,11 +28,12 @@ mod warning;
 
 use args::{BenchArgs, Benchmark};
 use export::Exports;
+pub(crate) use export::NotWritable;
 use interrupt::Interrupt;
 use measure::measure;
 use progress::Progress;
 use results::{Note, Results};
-use row::Row;
+use row::{Op, Row};
 use settings::Settings;
 use setup::Setup;
 use std::rc::Rc;
@@ -90,7 +91,12 @@ pub(crate) fn run(args: &BenchArgs) -> anyhow::Result<bool> {
         );
     }
     if args.json {
-        println!("{}", serde_json::to_string_pretty(&session.results.rows)?);
+        // Programs know three things that loops do; what those are compared with is in the exports.
+        let rows = session.results.rows.iter();
+        let rows: Vec<&Row> = rows
+            .filter(|row| row.labels.op != Some(Op::Separate))
+            .collect();
+        println!("{}", serde_json::to_string_pretty(&rows)?);
     }
     if interrupt.is_requested() {
         eprintln!("interrupted: what there is was kept");

@@ -17,16 +17,30 @@ const SHORT: [&str; 8] = [
     "2",
 ];
 
+fn command(arguments: &[&str]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_vm-scrub"));
+    command.arg("bench").args(arguments);
+    command
+}
+
 pub(crate) fn bench(arguments: &[&str]) -> Output {
-    Command::new(env!("CARGO_BIN_EXE_vm-scrub"))
-        .arg("bench")
-        .args(arguments)
-        .output()
-        .expect("the command runs")
+    command(arguments).output().expect("the command runs")
 }
 
 pub(crate) fn short(benchmark: &str, arguments: &[&str]) -> Output {
-    bench(&[&[benchmark][..], &SHORT, arguments].concat())
+    short_with(benchmark, arguments, &[])
+}
+
+/// The same with these environment variables.
+pub(crate) fn short_with(
+    benchmark: &str,
+    arguments: &[&str],
+    environment: &[(&str, &str)],
+) -> Output {
+    command(&[&[benchmark][..], &SHORT, arguments].concat())
+        .envs(environment.iter().copied())
+        .output()
+        .expect("the command runs")
 }
 
 /// All of standard output as one array.

@@ -43,7 +43,8 @@ impl Clock for SystemClock {
 /// A limit on background scrubbing.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct ScrubRate {
-    /// Bytes in a second, on average; at least 1.
+    /// Bytes in a second, on average. 0 counts as 1, which is as good as stopping: then only who waits for memory, or for a
+    /// ticket, gets on.
     pub bytes_per_second: u64,
     /// Bytes that may be scrubbed at once after a pause, before the average is enforced. What one step does (256 KiB) may
     /// come on top.
@@ -220,6 +221,17 @@ mod tests {
         assert!(throttle.allow(1 << 40, || false));
         assert!(throttle.allow(1, || false));
         assert!((clock.now().as_secs_f64() - 1.1).abs() < 0.01);
+    }
+
+    #[test]
+    fn a_rate_of_zero_counts_as_one() {
+        let (throttle, clock) = throttle(Some(ScrubRate {
+            bytes_per_second: 0,
+            burst: 0,
+        }));
+        assert!(throttle.allow(2, || false));
+        assert!(throttle.allow(1, || false));
+        assert!((clock.now().as_secs_f64() - 2.0).abs() < 0.01);
     }
 
     #[test]

@@ -33,7 +33,7 @@ pub(super) fn plans(settings: &Rc<Settings>) -> Vec<Plan> {
 
 /// Thread counts to compare, ascending.
 fn thread_counts(threads: usize) -> Vec<usize> {
-    let mut counts = vec![1, threads, 2 * threads, 4 * threads];
+    let mut counts = vec![1, threads, 2 * threads, 3 * threads, 4 * threads];
     counts.dedup();
     counts
 }
@@ -70,7 +70,7 @@ mod tests {
 
     #[test]
     fn one_to_four_times_as_many() {
-        assert_eq!(thread_counts(2), [1, 2, 4, 8]);
-        assert_eq!(thread_counts(1), [1, 2, 4]);
+        assert_eq!(thread_counts(2), [1, 2, 4, 6, 8]);
+        assert_eq!(thread_counts(1), [1, 2, 3, 4]);
     }
 }

@@ -11,6 +11,7 @@ use super::args::BenchArgs;
 use super::results::Results;
 use anyhow::Context;
 use std::fs;
+use std::io;
 use std::path::PathBuf;
 
 /// A format.
@@ -23,12 +24,27 @@ pub(crate) trait Exporter {
     fn export(&self, results: &Results) -> anyhow::Result<Vec<u8>>;
 }
 
+/// A file was asked for that cannot be written: a bad argument.
+#[derive(Debug, thiserror::Error)]
+#[error(
+    "cannot write {} ({error}): nothing was measured; name a file in a directory that exists and that you may write to",
+    path.display()
+)]
+pub(crate) struct NotWritable {
+    path: PathBuf,
+    error: io::Error,
+}
+
 /// The files that were asked for.
 pub(crate) struct Exports(Vec<(PathBuf, Box<dyn Exporter>)>);
 
 impl Exports {
     /// Creates the files, empty, so that one that cannot be written is known before anything is measured.
-    pub(crate) fn open(args: &BenchArgs) -> anyhow::Result<Self> {
+    ///
+    /// # Errors
+    ///
+    /// If there is one.
+    pub(crate) fn open(args: &BenchArgs) -> Result<Self, NotWritable> {
         let asked: [(&Option<PathBuf>, Box<dyn Exporter>); 5] = [
             (&args.export_json, Box::new(json::Json)),
             (&args.export_csv, Box::new(csv::Csv)),
@@ -39,7 +55,10 @@ impl Exports {
         let mut exports = Vec::new();
         for (path, exporter) in asked {
             if let Some(path) = path {
-                fs::write(path, "").with_context(|| format!("cannot write {}", path.display()))?;
+                fs::write(path, "").map_err(|error| NotWritable {
+                    path: path.clone(),
+                    error,
+                })?;
                 exports.push((path.clone(), exporter));
             }
         }

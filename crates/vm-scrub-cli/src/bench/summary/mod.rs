@@ -46,6 +46,32 @@ pub(crate) enum Quantity {
     Rate,
 }
 
+impl Quantity {
+    /// All of them, the most frequent first.
+    pub(crate) const ALL: [Self; 3] = [Quantity::Speed, Quantity::Time, Quantity::Rate];
+
+    /// What it is called, and which figures are good.
+    pub(crate) fn aim(self) -> &'static str {
+        match self {
+            Quantity::Speed => "speed: above 1 is better",
+            Quantity::Time => "time: below 1 is better",
+            Quantity::Rate => "rate: 1 is what was asked for",
+        }
+    }
+}
+
+/// Whether a ratio is a good one.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Standing {
+    Good,
+    /// As good as what it is compared with, to within [`EVEN`].
+    Even,
+    Bad,
+}
+
+/// How far from 1 a ratio may be to count as neither better nor worse: less than the spread of most groups.
+const EVEN: f64 = 0.05;
+
 /// What there is to say; nothing of benchmarks that were not run.
 pub(crate) fn of(results: &Results) -> Vec<Answer> {
     results
@@ -81,6 +107,23 @@ impl Answer {
     /// `6.12×`.
     pub(crate) fn figure(&self) -> String {
         units::ratio(self.ratio)
+    }
+
+    /// Whether it is a good one.
+    pub(crate) fn standing(&self) -> Standing {
+        let better = match self.of {
+            Quantity::Speed => self.ratio - 1.0,
+            Quantity::Time => 1.0 - self.ratio,
+            Quantity::Rate if (self.ratio - 1.0).abs() <= EVEN => return Standing::Good,
+            Quantity::Rate => return Standing::Bad,
+        };
+        if better.abs() <= EVEN {
+            Standing::Even
+        } else if better > 0.0 {
+            Standing::Good
+        } else {
+            Standing::Bad
+        }
     }
 
     /// How many times as fast as `other` `row` is.

@@ -354,6 +354,27 @@ fn the_table_has_a_line_for_each_answer_and_says_where_it_comes_from() {
 }
 
 #[test]
+fn what_is_good_depends_on_what_was_divided() {
+    use Quantity::{Rate, Speed, Time};
+    use Standing::{Bad, Even, Good};
+    let mut answer = answers(samples::results().rows).remove(0);
+    for (of, ratio, standing) in [
+        (Speed, 2.0, Good),
+        (Speed, 0.5, Bad),
+        (Speed, 0.96, Even),
+        (Time, 2.0, Bad),
+        (Time, 0.5, Good),
+        (Time, 1.04, Even),
+        (Rate, 1.0, Good),
+        (Rate, 1.2, Bad),
+        (Rate, 0.8, Bad),
+    ] {
+        (answer.of, answer.ratio) = (of, ratio);
+        assert_eq!(answer.standing(), standing, "{of:?} {ratio}");
+    }
+}
+
+#[test]
 fn programs_can_read_it() {
     let value = serde_json::to_value(of(&samples::results())).expect("JSON");
     let first = value

@@ -12,7 +12,7 @@ use super::Exporter;
 use crate::bench::args::Benchmark;
 use crate::bench::results::{Note, Results};
 use crate::bench::row::Row;
-use crate::bench::summary::{self, Answer};
+use crate::bench::summary::{self, Answer, Quantity, Standing};
 use crate::bench::table::{Table, is_text};
 use maud::{DOCTYPE, Markup, PreEscaped, html};
 
@@ -56,8 +56,11 @@ fn page(results: &Results) -> Markup {
                     @if !answers.is_empty() {
                         section id="summary" {
                             h2 { "summary" }
-                            p { (summary::ABOUT) }
-                            (table(&summary::table(&answers)))
+                            p {
+                                (summary::ABOUT) " Green is better than what it is compared with, red is worse, and what "
+                                "is within 5 % of it has no colour; a rate is green if it is that near to the one asked for."
+                            }
+                            @for of in Quantity::ALL { (ratios(of, &answers)) }
                         }
                     }
                     @for benchmark in benchmarks {
@@ -78,7 +81,11 @@ fn section(results: &Results, benchmark: Benchmark, answers: &[Answer]) -> Marku
             p { (sections::about(benchmark)) }
             div.cards {
                 @for answer in answers.iter().filter(|answer| answer.benchmark == benchmark) {
-                    div.card { strong { (answer.figure()) } span { (answer.question) } }
+                    div.card.(class(answer)) {
+                        strong { (answer.figure()) }
+                        small { (answer.of.aim()) }
+                        span { (answer.question) }
+                    }
                 }
             }
             (sections::plots(benchmark, &groups))
@@ -94,14 +101,44 @@ fn section(results: &Results, benchmark: Benchmark, answers: &[Answer]) -> Marku
     }
 }
 
+/// The answers that are ratios of the same quantity.
+fn ratios(of: Quantity, answers: &[Answer]) -> Markup {
+    let answers: Vec<Answer> = answers
+        .iter()
+        .filter(|answer| answer.of == of)
+        .cloned()
+        .collect();
+    html! {
+        @if !answers.is_empty() {
+            h3 { (of.aim()) }
+            (table_with(&summary::table(&answers), |row| class(&answers[row])))
+        }
+    }
+}
+
+/// What the page's styles call a ratio's standing.
+fn class(answer: &Answer) -> &'static str {
+    match answer.standing() {
+        Standing::Good => "good",
+        Standing::Even => "even",
+        Standing::Bad => "bad",
+    }
+}
+
 fn table(table: &Table) -> Markup {
+    table_with(table, |_| "")
+}
+
+/// A table of which each row has a class.
+fn table_with(table: &Table, class: impl Fn(usize) -> &'static str) -> Markup {
     html! {
         div.scroll {
             table {
                 thead { tr { @for heading in &table.headings { th { (heading) } } } }
                 tbody {
-                    @for row in &table.rows {
-                        tr {
+                    @for (number, row) in table.rows.iter().enumerate() {
+                        @let class = Some(class(number)).filter(|class| !class.is_empty());
+                        tr class=[class] {
                             @for (column, cell) in row.iter().enumerate() {
                                 td.text[is_text(column, cell)] { (cell) }
                             }

@@ -37,7 +37,7 @@ pub(super) fn about(benchmark: Benchmark) -> &'static str {
              what one access takes; and, in plots of their own, how long the throttle takes for what it should let through in two seconds."
         }
         Benchmark::Scaling => {
-            "The turnaround with one thread, and with as many threads as processors, twice and four times as many."
+            "The turnaround with one thread, and with as many threads as processors, and two, three and four times as many."
         }
     }
 }

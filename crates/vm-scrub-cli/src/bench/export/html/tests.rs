@@ -2,7 +2,7 @@
 
 use super::super::samples;
 use super::*;
-use crate::bench::row::Labels;
+use crate::bench::row::{Labels, Pattern};
 use roxmltree::Document;
 use vm_scrub::{PageSize, Revocation, Verify};
 
@@ -49,6 +49,67 @@ fn the_page_is_well_formed_and_has_a_plot_for_each_benchmark() {
     for link in page.descendants().filter_map(|node| node.attribute("href")) {
         assert!(ids.contains(&&link[1..]), "{link} leads nowhere");
     }
+}
+
+#[test]
+fn ratios_are_grouped_by_what_they_are_of_and_bad_ones_do_not_look_good() {
+    let mut results = samples::results();
+    for (name, touched, ms) in [
+        ("small-lease", 64 << 20, 10.0),
+        ("large-lease", 1 << 30, 30.0),
+    ] {
+        let labels = Labels {
+            bytes: touched,
+            touched_bytes: Some(64 << 20),
+            pattern: Some(Pattern::Scattered),
+            ..samples::labels(name, Verify::Full)
+        };
+        let group = "1 GiB, thp, teardown with 64 MiB touched";
+        let row = samples::row(Benchmark::Sparse, group, labels, [ms; 4]);
+        results
+            .rows
+            .push(samples::against(row, "small-lease", 10.0 / ms));
+    }
+    let page = String::from_utf8(Html.export(&results).expect("exported")).expect("text");
+    let xml = as_xml(&page);
+    let page = Document::parse(&xml).expect("well-formed");
+    let text = |node: roxmltree::Node<'_, '_>| {
+        let parts = node.descendants().filter_map(|part| part.text());
+        parts.collect::<Vec<_>>().concat()
+    };
+    let summary = page
+        .descendants()
+        .find(|node| node.attribute("id") == Some("summary"))
+        .expect("a summary");
+    let mut found = Vec::new();
+    for node in summary.children().filter(|node| node.is_element()) {
+        match node.tag_name().name() {
+            "h3" => found.push((text(node), Vec::new())),
+            "div" => {
+                let rows = node.descendants().filter_map(|row| row.attribute("class"));
+                let rows = rows.filter(|class| ["good", "even", "bad"].contains(class));
+                found.last_mut().expect("a heading").1.extend(rows);
+            }
+            _ => {}
+        }
+    }
+    let found: Vec<_> = found
+        .iter()
+        .map(|(heading, rows)| (heading.as_str(), rows.as_slice()))
+        .collect();
+    // Turnaround with and without verification; a chosen loop, and a neighbour, that are slower; a large lease that takes longer.
+    let expected = [
+        (
+            "speed: above 1 is better",
+            ["good", "good", "bad", "bad"].as_slice(),
+        ),
+        ("time: below 1 is better", ["bad"].as_slice()),
+    ];
+    assert_eq!(found, expected);
+    let bad = page
+        .descendants()
+        .filter(|node| node.attribute("class") == Some("card bad"));
+    assert_eq!(bad.count(), 3);
 }
 
 #[test]
