@@ -62,6 +62,48 @@ pub fn teardown(lease: Lease) -> ScrubReceipt {
     receipt
 }
 
+/// A workload that needs its cache: it follows pointers through a buffer that fits into the second level.
+#[derive(Debug)]
+pub struct Neighbour {
+    /// Where to go from each place; one circle through all of them.
+    next: Vec<u32>,
+    at: u32,
+}
+
+impl Neighbour {
+    /// Words in 256 KiB.
+    const WORDS: u32 = 64 << 10;
+
+    /// Lays a pseudo-random circle through the buffer, the same each time.
+    pub fn new() -> Self {
+        let mut next: Vec<u32> = (0..Self::WORDS).collect();
+        let mut random = 1_u64;
+        // Sattolo's algorithm: swapping each with an earlier one, never itself, leaves a single circle.
+        for last in (1..next.len()).rev() {
+            // The multiplier of Knuth's MMIX; its upper bits are the random ones.
+            random = random
+                .wrapping_mul(6_364_136_223_846_793_005)
+                .wrapping_add(1_442_695_040_888_963_407);
+            next.swap(last, (random >> 33) as usize % last);
+        }
+        Self { next, at: 0 }
+    }
+
+    /// Follows the pointers once through a quarter of the buffer.
+    pub fn work(&mut self) {
+        for _ in 0..Self::WORDS / 4 {
+            self.at = self.next[self.at as usize];
+        }
+        std::hint::black_box(self.at);
+    }
+}
+
+impl Default for Neighbour {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
 /// An embedder's own private mapping of [`MEMORY`] bytes, in 4 KiB pages.
 #[derive(Debug)]
 pub struct OwnMemory(NonNull<c_void>);

@@ -54,6 +54,10 @@ fn the_page_is_well_formed_and_has_a_plot_for_each_benchmark() {
 #[test]
 fn ratios_are_grouped_by_what_they_are_of_and_bad_ones_do_not_look_good() {
     let mut results = samples::results();
+    // A benchmark's rows are one behind the other.
+    results
+        .rows
+        .retain(|row| row.benchmark != Benchmark::Neighbour);
     for (name, touched, ms) in [
         ("small-lease", 64 << 20, 10.0),
         ("large-lease", 1 << 30, 30.0),
@@ -73,10 +77,6 @@ fn ratios_are_grouped_by_what_they_are_of_and_bad_ones_do_not_look_good() {
     let page = String::from_utf8(Html.export(&results).expect("exported")).expect("text");
     let xml = as_xml(&page);
     let page = Document::parse(&xml).expect("well-formed");
-    let text = |node: roxmltree::Node<'_, '_>| {
-        let parts = node.descendants().filter_map(|part| part.text());
-        parts.collect::<Vec<_>>().concat()
-    };
     let summary = page
         .descendants()
         .find(|node| node.attribute("id") == Some("summary"))
@@ -84,7 +84,7 @@ fn ratios_are_grouped_by_what_they_are_of_and_bad_ones_do_not_look_good() {
     let mut found = Vec::new();
     for node in summary.children().filter(|node| node.is_element()) {
         match node.tag_name().name() {
-            "h3" => found.push((text(node), Vec::new())),
+            "h3" => found.push((node.text().unwrap_or_default(), Vec::new())),
             "div" => {
                 let rows = node.descendants().filter_map(|row| row.attribute("class"));
                 let rows = rows.filter(|class| ["good", "even", "bad"].contains(class));
@@ -95,13 +95,13 @@ fn ratios_are_grouped_by_what_they_are_of_and_bad_ones_do_not_look_good() {
     }
     let found: Vec<_> = found
         .iter()
-        .map(|(heading, rows)| (heading.as_str(), rows.as_slice()))
+        .map(|(heading, rows)| (*heading, rows.as_slice()))
         .collect();
-    // Turnaround with and without verification; a chosen loop, and a neighbour, that are slower; a large lease that takes longer.
+    // Turnaround with and without verification; a chosen loop that is slower than another; a large lease that takes longer.
     let expected = [
         (
             "speed: above 1 is better",
-            ["good", "good", "bad", "bad"].as_slice(),
+            ["good", "good", "bad"].as_slice(),
         ),
         ("time: below 1 is better", ["bad"].as_slice()),
     ];
@@ -109,7 +109,7 @@ fn ratios_are_grouped_by_what_they_are_of_and_bad_ones_do_not_look_good() {
     let bad = page
         .descendants()
         .filter(|node| node.attribute("class") == Some("card bad"));
-    assert_eq!(bad.count(), 3);
+    assert_eq!(bad.count(), 2);
 }
 
 #[test]
