@@ -44,6 +44,7 @@ fn a_proven_receipt(page_size: PageSize) {
         "bytes_quarantined",
         "bytes_verified",
         "bytes_returned",
+        "bytes_unlocked",
         "quarantined",
         "loop",
         "verify_loop",
