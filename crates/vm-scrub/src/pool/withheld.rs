@@ -11,7 +11,7 @@ use super::{LeaseId, Ledger, Pool, Shared};
 use crate::backing::{Backing, Refilled, SharedFile, is_still_shared};
 use crate::scrub::{Job, Verdict, Work, fresh_seed};
 use crate::sync::atomic::{AtomicUsize, Ordering};
-use crate::sync::{Mutex, MutexGuard};
+use crate::sync::{Condvar, Mutex, MutexGuard};
 use crate::sys;
 use std::ops::Range;
 use std::sync::{Arc, PoisonError};
@@ -88,11 +88,36 @@ impl From<sys::Error> for Kept {
     }
 }
 
+/// Where the remains of a lease are.
+#[derive(Debug)]
+enum Slot {
+    Held(Held),
+    /// With a thread that tries to get them back.
+    Tried,
+    /// The blocks are back.
+    Empty,
+}
+
 #[derive(Debug)]
 struct Entry {
     about: Mutex<(Withheld, Instant)>,
-    /// Locked while it is tried. `None` once the blocks are back.
-    held: Mutex<Option<Held>>,
+    /// Locked to take them out and to put them back, never while memory is touched.
+    slot: Mutex<Slot>,
+    put_back: Condvar,
+}
+
+/// A thread that tries to get something back. What it took is put back whatever happens, also by a panic: the kernel would
+/// otherwise get the guest's bytes.
+struct Attempt<'a> {
+    entry: &'a Entry,
+    held: Option<Held>,
+}
+
+impl Drop for Attempt<'_> {
+    fn drop(&mut self) {
+        *lock(&self.entry.slot) = self.held.take().map_or(Slot::Empty, Slot::Held);
+        self.entry.put_back.notify_all();
+    }
 }
 
 /// All that a pool withholds.
@@ -125,7 +150,8 @@ impl WithheldSet {
     fn add(&self, about: Withheld, held: Held) {
         lock(&self.entries).push(Arc::new(Entry {
             about: Mutex::new((about, Instant::now() + FIRST_RETRY)),
-            held: Mutex::new(Some(held)),
+            slot: Mutex::new(Slot::Held(held)),
+            put_back: Condvar::new(),
         }));
     }
 }
@@ -147,15 +173,51 @@ impl Drop for Waiting<'_> {
 }
 
 impl Entry {
-    fn is_for_good(&self) -> bool {
-        lock(&self.about).0.for_good
+    /// Takes what is held out, unless it is to be tried later than `by`. Without `by`, an attempt that somebody else is at is waited
+    /// for.
+    fn take(&self, by: Option<Instant>) -> Option<Attempt<'_>> {
+        let mut slot = lock(&self.slot);
+        while let (Slot::Tried, None) = (&*slot, by) {
+            let waited = self.put_back.wait(slot);
+            slot = waited.unwrap_or_else(PoisonError::into_inner);
+        }
+        let (for_good, due) = {
+            let about = lock(&self.about);
+            (about.0.for_good, about.1)
+        };
+        if for_good || by.is_some_and(|by| by < due) {
+            return None;
+        }
+        match std::mem::replace(&mut *slot, Slot::Tried) {
+            Slot::Held(held) => Some(Attempt {
+                entry: self,
+                held: Some(held),
+            }),
+            other => {
+                *slot = other;
+                None
+            }
+        }
     }
 
-    /// Tries once more, unless it was to be tried later than `by`; how many bytes came back.
+    /// When it is to be tried again; `None` if it is not.
+    fn due(&self) -> Option<Instant> {
+        match &*lock(&self.slot) {
+            Slot::Held(_) => {}
+            // Whoever is at it says afterwards.
+            Slot::Tried => return Some(Instant::now() + FIRST_RETRY),
+            Slot::Empty => return None,
+        }
+        let about = lock(&self.about);
+        (!about.0.for_good).then_some(about.1)
+    }
+
+    /// Tries once more, unless it is to be tried later than `by`; how many bytes came back.
     fn try_again(&self, pool: &Shared, by: Option<Instant>, run: &mut dyn FnMut(&Job)) -> u64 {
-        let mut slot = lock(&self.held);
-        let early = |due| by.is_some_and(|by| by < due);
-        let Some(held) = slot.as_mut().filter(|_| !early(lock(&self.about).1)) else {
+        let Some(mut attempt) = self.take(by) else {
+            return 0;
+        };
+        let Some(held) = attempt.held.as_mut() else {
             return 0;
         };
         let result = held.settle(pool, run);
@@ -172,7 +234,7 @@ impl Entry {
                 0
             }
             Ok(proofs) => {
-                if let Some(held) = slot.take() {
+                if let Some(held) = attempt.held.take() {
                     held.blocks.replaced(proofs);
                 }
                 log::info!(
@@ -298,13 +360,9 @@ impl Shared {
     fn try_again(&self, by: Option<Instant>, run: &mut dyn FnMut(&Job)) -> u64 {
         let mut bytes = 0;
         for entry in self.withheld.entries() {
-            if !entry.is_for_good() {
-                bytes += entry.try_again(self, by, run);
-            }
+            bytes += entry.try_again(self, by, run);
         }
-        // Whatever is being tried right now is not back.
-        lock(&self.withheld.entries)
-            .retain(|entry| entry.held.try_lock().map_or(true, |held| held.is_some()));
+        lock(&self.withheld.entries).retain(|entry| !matches!(&*lock(&entry.slot), Slot::Empty));
         bytes
     }
 }
@@ -313,11 +371,7 @@ impl Errand for Shared {
     fn run(&self, allow: &mut dyn FnMut(usize) -> bool) -> Option<Duration> {
         self.try_again(Some(Instant::now()), &mut |job| job.work(&mut *allow, None));
         let waiting = self.withheld.entries();
-        let next = waiting
-            .iter()
-            .filter(|entry| !entry.is_for_good())
-            .map(|entry| lock(&entry.about).1)
-            .min()?;
+        let next = waiting.iter().filter_map(|entry| entry.due()).min()?;
         Some(next.saturating_duration_since(Instant::now()))
     }
 
@@ -343,5 +397,87 @@ impl Pool {
     /// is worthwhile when a peer is known to have gone. Each attempt scrubs the memory anew.
     pub fn reclaim(&self) -> u64 {
         self.shared.reclaim()
+    }
+}
+
+#[cfg(all(test, not(loom)))]
+mod tests {
+    use super::*;
+
+    fn pool_with_file() -> (Pool, Arc<Entry>) {
+        let builder = Pool::builder().capacity(crate::BLOCK_SIZE).threads(1);
+        let pool = builder.build().unwrap();
+        let file = SharedFile::map(crate::BLOCK_SIZE as usize, false, None).unwrap();
+        // SAFETY: the view is mapped, writable and this test's own.
+        unsafe { file.arena().at(77).write_volatile(1) };
+        let about = Withheld::new(LeaseId::next(), None, crate::BLOCK_SIZE, String::new());
+        // Not in the pool's list, where the background would find it.
+        let entry = Arc::new(Entry {
+            about: Mutex::new((about, Instant::now())),
+            slot: Mutex::new(Slot::Held(Held {
+                remains: Remains::File(file),
+                blocks: Blocks::none(&pool.shared.ledger),
+            })),
+            put_back: Condvar::new(),
+        });
+        (pool, entry)
+    }
+
+    #[test]
+    fn no_lock_is_held_while_memory_is_wiped() {
+        let (pool, entry) = pool_with_file();
+        let mut jobs = 0;
+        let bytes = entry.try_again(&pool.shared, None, &mut |job| {
+            assert!(entry.slot.try_lock().is_ok() && entry.about.try_lock().is_ok());
+            assert!(entry.due().is_some(), "it is not forgotten meanwhile");
+            let background = entry.try_again(&pool.shared, Some(Instant::now()), &mut |_| {
+                panic!("one attempt at a time");
+            });
+            assert_eq!(background, 0);
+            job.work(|_| true, None);
+            jobs += 1;
+        });
+        assert_eq!((bytes, jobs), (crate::BLOCK_SIZE, 2));
+        assert!(matches!(&*lock(&entry.slot), Slot::Empty));
+        assert_eq!(entry.due(), None);
+    }
+
+    #[test]
+    fn what_an_attempt_left_by_a_panic_is_still_there() {
+        let (pool, entry) = pool_with_file();
+        let attempt = || entry.try_again(&pool.shared, None, &mut |_| panic!("on purpose"));
+        let panicked = std::panic::catch_unwind(std::panic::AssertUnwindSafe(attempt));
+        assert!(panicked.is_err());
+        assert!(matches!(&*lock(&entry.slot), Slot::Held(_)));
+        // Given up between two batches: nothing counts, and it is tried anew.
+        let mut none = |job: &Job| job.work(|_| false, None);
+        assert_eq!(entry.try_again(&pool.shared, None, &mut none), 0);
+        let mut all = |job: &Job| job.work(|_| true, None);
+        assert_eq!(
+            entry.try_again(&pool.shared, None, &mut all),
+            crate::BLOCK_SIZE
+        );
+    }
+
+    #[test]
+    fn whoever_wants_an_answer_waits_for_the_attempt_that_is_under_way() {
+        let (pool, entry) = pool_with_file();
+        let begun = std::sync::Barrier::new(2);
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                let mut first = true;
+                entry.try_again(&pool.shared, None, &mut |job| {
+                    if std::mem::take(&mut first) {
+                        begun.wait();
+                        std::thread::sleep(Duration::from_millis(20));
+                    }
+                    job.work(|_| false, None);
+                });
+            });
+            begun.wait();
+            let mut all = |job: &Job| job.work(|_| true, None);
+            let bytes = entry.try_again(&pool.shared, None, &mut all);
+            assert_eq!(bytes, crate::BLOCK_SIZE);
+        });
     }
 }
