@@ -4,6 +4,7 @@
 //! into the library. Functions panic where a test would: they are for tests.
 
 pub mod child;
+pub mod clock;
 pub mod documents;
 pub mod fuzz;
 pub mod guest;

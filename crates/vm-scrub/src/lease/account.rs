@@ -18,39 +18,32 @@ pub(super) struct Totals {
     pub(super) quarantined: u64,
 }
 
-/// Sorts a lease's bytes: in a lost block, else populated, else never populated. `populated` is ascending and disjoint.
-pub(super) fn totals(segments: &[Segment], populated: &[Range<usize>], lost: &Lost) -> Totals {
+/// How many bytes of each of the [`parts`] are populated. `populated` is ascending and disjoint.
+pub(super) fn held(segments: &[Segment], populated: &[Range<usize>]) -> Vec<u32> {
+    let held = |part: Range<usize>| -> usize {
+        let both = intersections(&part, populated);
+        both.map(|range| range.len()).sum()
+    };
+    // No truncation: a part is not longer than a block.
+    parts(segments).map(|(_, part)| held(part) as u32).collect()
+}
+
+/// Sorts a lease's bytes: in a lost block, else populated, else never populated. `held` says of each of the [`parts`] how many bytes
+/// of it are populated; of those that are missing none is.
+pub(super) fn totals(segments: &[Segment], held: &[u32], lost: &Lost) -> Totals {
     let mut totals = Totals::default();
+    let mut held = held.iter();
     for (_, part) in parts(segments) {
         let bytes = part.len() as u64;
+        let held = u64::from(held.next().copied().unwrap_or(0)).min(bytes);
         if lost.contains_key(&(part.start as u64 / BLOCK_SIZE)) {
             totals.quarantined += bytes;
             continue;
         }
-        let held: usize = intersections(&part, populated)
-            .map(|range| range.len())
-            .sum();
-        totals.scrubbed += held as u64;
-        totals.never_populated += bytes - held as u64;
+        totals.scrubbed += held;
+        totals.never_populated += bytes - held;
     }
     totals
-}
-
-/// What is populated in blocks that are not lost, ascending.
-pub(super) fn outside(
-    populated: &[Range<usize>],
-    segments: &[Segment],
-    lost: &Lost,
-) -> Vec<Range<usize>> {
-    if lost.is_empty() {
-        return populated.to_vec();
-    }
-    let mut found: Vec<Range<usize>> = parts(segments)
-        .filter(|(_, part)| !lost.contains_key(&(part.start as u64 / BLOCK_SIZE)))
-        .flat_map(|(_, part)| intersections(&part, populated).collect::<Vec<_>>())
-        .collect();
-    found.sort_by_key(|range| range.start);
-    found
 }
 
 /// How many bytes the kernel must have been asked about: all but those in blocks that were lost before or for want of an
@@ -183,9 +176,9 @@ mod tests {
                     *count += PAGE as u64;
                 }
             }
-            prop_assert_eq!(totals(&segments, &populated, &lost), expected);
+            prop_assert_eq!(totals(&segments, &held(&segments, &populated), &lost), expected);
             let in_ranges: u64 = quarantined_ranges(&segments, &lost, &[]).iter().map(|range| range.bytes).sum();
-            prop_assert_eq!(in_ranges, totals(&segments, &populated, &lost).quarantined);
+            prop_assert_eq!(in_ranges, totals(&segments, &held(&segments, &populated), &lost).quarantined);
         }
     }
 

@@ -11,8 +11,10 @@ mod options;
 mod receipt;
 mod region;
 mod retire;
+mod returning;
 mod sealing;
 mod shared;
+mod stages;
 mod steps;
 pub mod teardown;
 #[cfg(test)]

@@ -49,6 +49,8 @@ pub enum QuarantineReason {
     NotSealed,
     /// It is shared, and in one file with memory that is not clean: the kernel gets the whole file or nothing.
     SameFile,
+    /// It was shared, zeroed and sealed, and then scrubbing was [cancelled](crate::Ticket::cancel). It is read back later.
+    NotReadBack,
     /// It was shared, proven to be zero, and went back to the kernel, which has no memory to take its place. It is tried again
     /// later.
     NotReplaced,

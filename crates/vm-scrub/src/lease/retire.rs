@@ -1,14 +1,14 @@
 //! Leases that are revoked at once and scrubbed when there is time.
 
-use super::steps::{Steps, take_away};
+use super::stages::{End, Left, Next, Stage};
+use super::steps::take_away;
 use super::teardown::DirtyMemory;
 use super::{Lease, Quiesced, ScrubReceipt, TeardownError};
-use crate::pool::blocks::Dirty;
-use crate::pool::{Chore, LeaseId, Priority, Progress, Shared};
-use crate::scrub::{Job, Watch, Work, Workers};
-use crate::sync::atomic::{AtomicBool, AtomicU8, AtomicUsize, Ordering};
+use crate::pool::{Chore, LeaseId, OnProgress, Priority, Progress, Shared};
+use crate::scrub::{Job, Workers};
+use crate::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, AtomicUsize, Ordering};
 use crate::sync::{Condvar, Mutex, MutexGuard};
-use std::sync::{Arc, PoisonError};
+use std::sync::{Arc, PoisonError, Weak};
 
 /// A lease that is being scrubbed in the background.
 ///
@@ -24,31 +24,42 @@ pub struct Ticket {
 pub enum Cancelled {
     /// The memory, still dirty: scrub it with [`DirtyMemory::scrub_and_verify`], or drop it and have it quarantined.
     Dirty(Box<DirtyMemory>),
-    /// It had been finished already.
+    /// It had been finished already; or the memory of a shareable lease was sealed already, which nobody can zero any more: then
+    /// the receipt says that it is in quarantine, from which it comes back when it has been read back
+    /// ([`Pool::withheld`](crate::Pool::withheld)); or all was proven to be clean, and but for [`Policy::retain`](crate::Policy::retain)
+    /// it would have been finished: then the rest stays populated.
     Finished(Box<Result<ScrubReceipt, TeardownError>>),
 }
 
 /// Where the memory of a retired lease is.
 #[derive(Debug)]
 enum State {
-    /// In the hands of whoever works on the job.
-    Waiting(Box<Steps<Dirty>>),
-    /// Being settled by somebody.
-    Settling,
+    /// In the hands of whoever works on the stage's job.
+    Waiting(Box<Stage>),
+    /// One thread's, which goes on to the next stage.
+    Busy,
     /// Finished, with the receipt, until somebody takes it.
-    Finished(Option<Box<Result<ScrubReceipt, TeardownError>>>),
+    Finished(Option<Box<End>>),
     /// Given up: cancelled, or quarantined because of a panic.
     GivenUp,
 }
 
 struct Retired {
     lease: LeaseId,
-    job: Job,
+    /// Kept by the memory, for as long as it is not back.
+    pool: Weak<Shared>,
     priority: AtomicU8,
     cancelled: AtomicBool,
     /// How many threads are at a piece, or about to take one.
     active: AtomicUsize,
-    watch: Option<Box<Watch>>,
+    /// How many callers are at it with all threads, and want the background to leave it to them.
+    wanted: AtomicUsize,
+    /// How many bytes there are to be done in each of the stages that count.
+    bytes: u64,
+    /// And in all of them.
+    total: u64,
+    done: AtomicU64,
+    on_progress: Option<OnProgress>,
     state: Mutex<State>,
     changed: Condvar,
 }
@@ -68,25 +79,42 @@ impl Drop for Active<'_> {
             retired.give_up();
         }
         retired.active.fetch_sub(1, Ordering::SeqCst);
-        if retired.cancelled.load(Ordering::SeqCst) {
-            // Whoever cancels looks at the count under the lock: this cannot fall between its look and its wait.
+        if retired.cancelled.load(Ordering::SeqCst) || retired.is_wanted() {
+            // Whoever waits for this looks under the lock: it cannot fall between its look and its wait.
             drop(retired.state());
             retired.changed.notify_all();
         }
     }
 }
 
-/// A thread that settles a retired lease. If it panics (in a logger of the embedder's), nobody waits for it for ever.
-struct Settling<'a>(&'a Retired);
+/// A thread that has the stage of a retired lease to itself. If it panics (in a logger of the embedder's), nobody waits for it for
+/// ever.
+struct Alone<'a>(&'a Retired);
 
-impl Drop for Settling<'_> {
+impl Drop for Alone<'_> {
     fn drop(&mut self) {
         let mut state = self.0.state();
-        if matches!(&*state, State::Settling) {
+        if matches!(&*state, State::Busy) {
             *state = State::GivenUp;
         }
         drop(state);
         self.0.changed.notify_all();
+    }
+}
+
+/// Somebody who is at a retired lease with all threads.
+struct Wanted<'a>(&'a Retired);
+
+impl<'a> Wanted<'a> {
+    fn of(retired: &'a Retired) -> Self {
+        retired.wanted.fetch_add(1, Ordering::SeqCst);
+        Self(retired)
+    }
+}
+
+impl Drop for Wanted<'_> {
+    fn drop(&mut self) {
+        self.0.wanted.fetch_sub(1, Ordering::SeqCst);
     }
 }
 
@@ -100,24 +128,26 @@ impl Lease {
     ///
     /// [`TeardownError::Refused`], as for [`Lease::teardown`].
     pub fn retire(self, quiesced: Quiesced) -> Result<Ticket, TeardownError> {
-        let mut steps = take_away(self, quiesced)?;
-        steps.find_populated();
-        // Shared memory is sealed before it is read back: when it is concluded.
-        let work = if steps.file.is_some() {
-            Work::Zero
-        } else {
-            Work::ZeroAndRead
-        };
-        let job = steps.job(work);
+        let steps = take_away(self, quiesced)?;
         let pool = Arc::clone(&steps.pool);
+        let lease = steps.lease();
+        let is_file = steps.file.is_some();
+        let stage = Stage::first(steps);
+        let bytes = stage.job().map_or(0, |job| job.progress().1);
+        // What is sealed is gone through a second time, and so is what does not all stay populated.
+        let twice = is_file || pool.retain < bytes;
         let retired = Arc::new(Retired {
-            lease: steps.lease(),
-            job,
+            lease,
+            pool: Arc::downgrade(&pool),
             priority: AtomicU8::new(Priority::Normal as u8),
             cancelled: AtomicBool::new(false),
             active: AtomicUsize::new(0),
-            watch: pool.watch(steps.lease()),
-            state: Mutex::new(State::Waiting(Box::new(steps))),
+            wanted: AtomicUsize::new(0),
+            bytes,
+            total: if twice { 2 * bytes } else { bytes },
+            done: AtomicU64::new(0),
+            on_progress: pool.on_progress.clone(),
+            state: Mutex::new(State::Waiting(Box::new(stage))),
             changed: Condvar::new(),
         });
         pool.background.add(Arc::clone(&retired) as Arc<dyn Chore>);
@@ -131,14 +161,13 @@ impl Ticket {
         self.retired.lease
     }
 
-    /// How far it is.
+    /// How far it is, in bytes of the lease: the kernel is asked which of them can hold data when the work gets there, and what was
+    /// never populated is done at once. All bytes count twice if the lease is shareable (zeroed, then read back once the file is
+    /// sealed; in whole blocks), or if not all of them may stay populated ([`Policy::retain`](crate::Policy::retain)). What is done never
+    /// becomes less; it does not grow while shareable memory is zeroed again because it could not be sealed.
     pub fn progress(&self) -> Progress {
-        let (bytes_done, bytes_total) = self.retired.job.progress();
-        Progress {
-            lease: self.retired.lease,
-            bytes_done,
-            bytes_total,
-        }
+        self.retired
+            .progress(self.retired.done.load(Ordering::Relaxed))
     }
 
     /// Whether it is finished, so that [`wait`](Self::wait) returns at once.
@@ -165,7 +194,6 @@ impl Ticket {
     pub fn wait(self) -> Result<ScrubReceipt, TeardownError> {
         if let Some(pool) = self.retired.pool() {
             self.retired.work_with(pool.engine.workers());
-            self.retired.conclude();
         }
         self.wait_in_background()
     }
@@ -181,6 +209,11 @@ impl Ticket {
     }
 
     /// Stops scrubbing within a millisecond and hands the memory back, dirty.
+    ///
+    /// What cannot be handed back dirty is [`Cancelled::Finished`]: above all the memory of a shareable lease that is sealed already,
+    /// which stays in quarantine until it has been read back. One step cannot be stopped: when a shareable lease was read back and found
+    /// to be zero, its file goes back to the kernel as a whole, which takes some hundred milliseconds for a gigabyte of 4 KiB
+    /// pages.
     pub fn cancel(self) -> Cancelled {
         let retired = &self.retired;
         retired.cancelled.store(true, Ordering::SeqCst);
@@ -189,16 +222,22 @@ impl Ticket {
             let busy = retired.active.load(Ordering::SeqCst) > 0;
             match &mut *state {
                 State::Waiting(_) if !busy => {
-                    if let State::Waiting(steps) = std::mem::replace(&mut *state, State::GivenUp) {
-                        retired.changed.notify_all();
-                        return Cancelled::Dirty(Box::new(DirtyMemory { steps: *steps }));
+                    if let State::Waiting(stage) = std::mem::replace(&mut *state, State::Busy) {
+                        drop(state);
+                        let _alone = Alone(retired);
+                        return match stage.give_up() {
+                            Left::Dirty(steps) => {
+                                Cancelled::Dirty(Box::new(DirtyMemory { steps: *steps }))
+                            }
+                            Left::Over(end) => Cancelled::Finished(end),
+                        };
                     }
                 }
                 State::Finished(_) | State::GivenUp => {
                     drop(state);
                     return Cancelled::Finished(Box::new(retired.take_outcome()));
                 }
-                State::Waiting(_) | State::Settling => {}
+                State::Waiting(_) | State::Busy => {}
             }
             state = retired
                 .changed
@@ -217,23 +256,41 @@ impl Retired {
     /// The pool, while the memory is not yet back in it.
     fn pool(&self) -> Option<Arc<Shared>> {
         match &*self.state() {
-            State::Waiting(steps) => Some(Arc::clone(&steps.pool)),
-            _ => None,
+            State::Waiting(_) | State::Busy => self.pool.upgrade(),
+            State::Finished(_) | State::GivenUp => None,
         }
     }
 
-    /// Quarantines the memory, unless somebody settles it or has settled it: then it was zeroed and read back, and the receipt
-    /// says what became of it.
+    fn progress(&self, bytes_done: u64) -> Progress {
+        Progress {
+            lease: self.lease,
+            bytes_done,
+            bytes_total: self.total,
+        }
+    }
+
+    /// Takes down, and tells, that so many bytes are done; not if it is known that more are.
+    fn tell(&self, done: u64) {
+        let done = done.min(self.total);
+        if self.done.fetch_max(done, Ordering::Relaxed) < done
+            && let Some(on_progress) = &self.on_progress
+        {
+            on_progress(self.progress(done));
+        }
+    }
+
+    /// Quarantines the memory, unless one thread has it to itself or has finished it: then it was zeroed and read back, and the
+    /// receipt says what became of it.
     fn give_up(&self) {
         let mut state = self.state();
         let State::Waiting(_) = &*state else {
             return;
         };
-        let steps = std::mem::replace(&mut *state, State::GivenUp);
+        let stage = std::mem::replace(&mut *state, State::GivenUp);
         self.cancelled.store(true, Ordering::SeqCst);
         drop(state);
         // Outside the lock: this is what quarantines.
-        drop(steps);
+        drop(stage);
         self.changed.notify_all();
     }
 
@@ -245,26 +302,100 @@ impl Retired {
         .unwrap_or(Err(TeardownError::Panicked { lease: self.lease }))
     }
 
-    /// Joins the work, if there is still work to join. Whoever cancels sets its flag first and then waits for the count to be
-    /// zero; a thread that joins counts itself first and then looks at the flag before each piece.
-    fn enter(&self) -> Option<Active<'_>> {
+    /// Joins the work on a job, if there is one. Whoever cancels sets its flag first and then waits for the count to be zero; a
+    /// thread that joins counts itself first and then looks at the flag before each piece.
+    fn enter(&self) -> Option<(Active<'_>, Arc<Job>, Option<u64>)> {
         let state = self.state();
-        let State::Waiting(steps) = &*state else {
+        let State::Waiting(stage) = &*state else {
             return None;
         };
+        let job = Arc::clone(stage.job()?);
+        let pool = self.pool.upgrade()?;
         self.active.fetch_add(1, Ordering::SeqCst);
-        Some(Active {
+        let active = Active {
             retired: self,
             unwinding: std::thread::panicking(),
-            _pool: Arc::clone(&steps.pool),
-        })
+            _pool: pool,
+        };
+        Some((active, job, stage.done_before(self.bytes)))
     }
 
     /// Takes pieces until there are none left, it is cancelled, or `go_on` says no.
     fn take_batches(&self, go_on: &mut dyn FnMut(usize) -> bool) {
-        if let Some(_active) = self.enter() {
-            let go_on = |bytes| go_on(bytes) && !self.cancelled.load(Ordering::SeqCst);
-            self.job.work(go_on, self.watch.as_deref());
+        if let Some((_active, job, before)) = self.enter() {
+            let go_on = |bytes| !self.cancelled.load(Ordering::SeqCst) && go_on(bytes);
+            let watch = |done, _| {
+                if let Some(before) = before {
+                    self.tell(before + done);
+                }
+            };
+            job.work(go_on, Some(&watch));
+        }
+    }
+
+    /// Does what one thread has to do between two jobs, and goes on to the next one or to the end, unless somebody else does, it is
+    /// cancelled, or `go_on` says no. Whether there is a next one.
+    fn proceed(&self, go_on: &mut dyn FnMut(usize) -> bool) -> bool {
+        let mut stopped = false;
+        let mut go_on = |bytes| {
+            stopped = self.cancelled.load(Ordering::SeqCst) || !go_on(bytes);
+            !stopped
+        };
+        if self.cancelled.load(Ordering::SeqCst) {
+            return false;
+        }
+        let stage = {
+            let mut state = self.state();
+            match std::mem::replace(&mut *state, State::Busy) {
+                State::Waiting(stage) if stage.is_for_one() => stage,
+                other => {
+                    *state = other;
+                    return false;
+                }
+            }
+        };
+        let _alone = Alone(self);
+        // The end of this lease may be the pool's.
+        let _pool = self.pool.upgrade();
+        let before = stage.done_before(self.bytes).unwrap_or(self.bytes);
+        match stage.proceed(&mut go_on, &|done| self.tell(before + done)) {
+            Next::Stage(stage) => {
+                *self.state() = State::Waiting(Box::new(stage));
+                !stopped
+            }
+            Next::Over(end) => {
+                match &*end {
+                    Ok(receipt) => log::info!(
+                        "{} scrubbed in the background: {:?}",
+                        self.lease,
+                        receipt.outcome
+                    ),
+                    Err(error) => log::error!("{} in the background: {error}", self.lease),
+                }
+                self.done.store(self.total, Ordering::Relaxed);
+                *self.state() = State::Finished(Some(end));
+                false
+            }
+        }
+    }
+
+    /// Waits until one more thread could do something. Whether there is going to be anything to do.
+    fn wait_for_work(&self) -> bool {
+        let mut state = self.state();
+        loop {
+            match &*state {
+                State::Finished(_) | State::GivenUp => return false,
+                State::Waiting(stage)
+                    if stage.has_work() && !self.cancelled.load(Ordering::SeqCst) =>
+                {
+                    return true;
+                }
+                State::Waiting(_) | State::Busy => {}
+            }
+            state = self
+                .changed
+                .wait(state)
+                .unwrap_or_else(PoisonError::into_inner);
         }
     }
 }
@@ -279,58 +410,35 @@ impl Chore for Retired {
     }
 
     fn work(&self, go_on: &mut dyn FnMut(usize) -> bool) {
-        self.take_batches(go_on);
+        loop {
+            self.take_batches(go_on);
+            if !self.proceed(go_on) {
+                return;
+            }
+        }
     }
 
     fn work_with(&self, workers: &Workers) {
+        let _wanted = Wanted::of(self);
+        let work = || {
+            while self.wait_for_work() {
+                workers.all(|| self.take_batches(&mut |_| true));
+                while self.proceed(&mut |_| true) {}
+            }
+        };
         // Who helps is not who made the callback: it has given the lease up, and that is all that it should do.
-        let work = || workers.all(|| self.take_batches(&mut |_| true));
         if std::panic::catch_unwind(std::panic::AssertUnwindSafe(work)).is_err() {
             log::error!("{}: a thread panicked while it scrubbed", self.lease);
         }
     }
 
-    fn conclude(&self) {
-        if !self.job.is_done() {
-            return;
-        }
-        let steps = {
-            let mut state = self.state();
-            match std::mem::replace(&mut *state, State::Settling) {
-                State::Waiting(steps) => steps,
-                other => {
-                    *state = other;
-                    return;
-                }
-            }
-        };
-        let _settling = Settling(self);
-        // Threads came and went: what counts is how long they worked, all together.
-        let Some((zeroed, verdict)) = self.job.settle(self.job.thread_time()) else {
-            // Not possible: it was done above. Dropping the steps quarantines.
-            return;
-        };
-        let steps = steps.scrubbed(&zeroed);
-        let outcome = if steps.file.is_some() {
-            steps.verified_sealed().recycle()
-        } else {
-            steps.verified(&verdict).recycle()
-        };
-        match &outcome {
-            Ok(receipt) => log::info!(
-                "{} scrubbed in the background: {:?}",
-                self.lease,
-                receipt.outcome
-            ),
-            Err(error) => log::error!("{} in the background: {error}", self.lease),
-        }
-        *self.state() = State::Finished(Some(Box::new(outcome)));
+    fn has_work(&self) -> bool {
+        let has_work = matches!(&*self.state(), State::Waiting(stage) if stage.has_work());
+        has_work && !self.cancelled.load(Ordering::SeqCst) && !self.is_wanted()
     }
 
-    fn has_work(&self) -> bool {
-        let waiting = matches!(&*self.state(), State::Waiting(_));
-        let to_do = self.job.has_batches() || self.job.is_done();
-        waiting && to_do && !self.cancelled.load(Ordering::SeqCst)
+    fn is_wanted(&self) -> bool {
+        self.wanted.load(Ordering::SeqCst) > 0
     }
 
     fn is_over(&self) -> bool {
@@ -340,7 +448,7 @@ impl Chore for Retired {
 
     fn wait(&self) {
         let mut state = self.state();
-        while matches!(&*state, State::Waiting(_) | State::Settling) {
+        while matches!(&*state, State::Waiting(_) | State::Busy) {
             state = self
                 .changed
                 .wait(state)
@@ -353,7 +461,8 @@ impl std::fmt::Debug for Retired {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Retired")
             .field("lease", &self.lease)
-            .field("job", &self.job)
+            .field("done", &self.done)
+            .field("total", &self.total)
             .finish_non_exhaustive()
     }
 }

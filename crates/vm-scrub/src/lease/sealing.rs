@@ -11,7 +11,7 @@ use crate::BLOCK_SIZE;
 use crate::backing::{Backing, SharedFile, is_still_shared};
 use crate::pool::blocks::{Dirty, Scrubbed, State, Verified};
 use crate::pool::{OwnedFile, Remains, Withheld, still_shared};
-use crate::scrub::{Work, union};
+use crate::scrub::{Answers, Job, Verdict, Work, union};
 use crate::sys::{self, Call};
 use crate::{Revocation, SysError};
 use std::io;
@@ -20,7 +20,7 @@ use std::time::Duration;
 
 /// How long to wait before a file that could not be sealed is scrubbed and sealed once more: a peer that was told to let go
 /// just before may need a moment. What takes longer is tried again in the background.
-const PAUSES: [Duration; 2] = [Duration::from_millis(1), Duration::from_millis(10)];
+pub(super) const PAUSES: [Duration; 2] = [Duration::from_millis(1), Duration::from_millis(10)];
 
 /// Whether memory that is lost for this reason is never going to be clean: somebody may have it in a window for ever, it is
 /// sealed with something else than zero in it, or it is broken.
@@ -31,7 +31,7 @@ fn is_for_good(reason: QuarantineReason) -> bool {
 
 impl<S: State> Steps<S> {
     /// All of the memory that is not lost already goes into quarantine for this reason, and is not read back.
-    fn lose_rest(&mut self, reason: QuarantineReason, detail: &str) {
+    pub(super) fn lose_rest(&mut self, reason: QuarantineReason, detail: &str) {
         for segment in &self.segments {
             for block in segment.blocks() {
                 self.lost
@@ -42,7 +42,7 @@ impl<S: State> Steps<S> {
         self.to_read.get_or_insert_default();
     }
 
-    fn with_file<T>(
+    pub(super) fn with_file<T>(
         &mut self,
         act: impl FnOnce(&mut SharedFile) -> sys::Result<T>,
     ) -> sys::Result<T> {
@@ -77,12 +77,15 @@ impl Steps<Dirty> {
     /// As `find_populated`. The file is asked about as a whole: it has more than the guest's regions, and somebody may have
     /// written there.
     pub(super) fn find_populated_in_file(&mut self) {
-        let Some(file) = self.file.as_deref().and_then(OwnedFile::get) else {
-            return;
-        };
-        match file.residency(0..file.len()) {
+        // A retired lease may have been cancelled after its view was unmapped.
+        let answer = self.with_file(|file| {
+            file.open()?;
+            file.residency(0..file.len())
+        });
+        match answer {
             Ok(residency) => {
                 self.populated = residency.populated;
+                self.count_populated();
                 let lost = |segment: &&Segment| {
                     segment.blocks().any(|block| self.lost.contains_key(&block))
                 };
@@ -91,6 +94,7 @@ impl Steps<Dirty> {
             }
             Err(error) => {
                 self.populated.clear();
+                self.count_populated();
                 self.answered = 0;
                 self.lose_rest(QuarantineReason::ResidencyUnknown, &error.to_string());
             }
@@ -111,7 +115,37 @@ impl Steps<Scrubbed> {
         }
         let job = self.job(Work::ReadSealed);
         let (_, verdict) = self.run(&job);
-        let mut steps = self.verified(&verdict);
+        self.judged(&verdict)
+    }
+
+    /// Nothing is read back, for this reason: all of it goes into quarantine.
+    pub(super) fn unread(mut self, reason: QuarantineReason, detail: &str) -> Steps<Verified> {
+        self.lose_rest(reason, detail);
+        self.to_read = Some(Vec::new());
+        let job = self.job(Work::ReadSealed);
+        let (_, verdict) = self.run(&job);
+        self.verified(&verdict)
+    }
+
+    /// A job that reads back what the kernel will say holds data when the work gets there. Holes have no content, and a file that is
+    /// sealed gets none.
+    pub(super) fn job_reading_sealed(&mut self) -> Job {
+        let file = self.file.as_deref().and_then(OwnedFile::get);
+        let whole = file.map(|file| 0..file.len());
+        self.job_asking(Vec::from_iter(whole), Work::ReadSealed)
+    }
+
+    /// What the [job](Self::job_reading_sealed) has found.
+    pub(super) fn read_sealed(mut self, verdict: &Verdict, answers: Answers) -> Steps<Verified> {
+        self.bytes_to_read = Some(answers.held.iter().copied().map(u64::from).sum());
+        if let Some((_, error)) = answers.failed.first() {
+            self.lose_rest(QuarantineReason::NotSealed, &error.to_string());
+        }
+        self.judged(verdict)
+    }
+
+    fn judged(self, verdict: &Verdict) -> Steps<Verified> {
+        let mut steps = self.verified(verdict);
         if !steps.lost.is_empty() {
             steps.lose_rest(
                 QuarantineReason::SameFile,
@@ -155,6 +189,7 @@ impl Steps<Scrubbed> {
                 file.residency(0..file.len())
             })?
             .populated;
+        self.count_populated();
         let job = self.job(Work::Zero);
         let (zeroed, _) = self.run(&job);
         self.zeroed_again(&zeroed);

@@ -1,16 +1,20 @@
 //! A teardown on its way: what the typed steps of [`teardown`](super::teardown) carry along.
 
-use super::account::{Lost, asked_about, outside, parts, quarantined_ranges, totals};
+use super::account::{Lost, asked_about, held, parts, quarantined_ranges, totals};
 use super::receipt::{Outcome, QuarantineReason, ScrubReceipt, StepTimes};
+use super::returning::Returning;
 use super::{Lease, Quiesced, Refused, Segment, TeardownError, blocks_of};
 use crate::BLOCK_SIZE;
+use crate::SysError;
 use crate::backing::{BLOCK, Backing, Revocation, Revoked};
 use crate::pool::blocks::{Blocks, Dirty, Scrubbed, State, Verified};
 use crate::pool::{Extent, LeaseId, OwnedFile, Shared};
 use crate::scrub::{
-    Broken, Job, Residency, Verdict, Verify, Work, Zeroed, beyond, bytes_in, fresh_seed, joined,
-    pieces, push_joined,
+    Answers, Ask, Batches, Broken, Job, Residency, Verdict, Verify, Work, Zeroed, bytes_in,
+    fresh_seed, joined, pieces, push_joined,
 };
+use crate::sys::Call;
+use std::io;
 use std::ops::Range;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
@@ -29,10 +33,17 @@ pub(super) struct Steps<S: State> {
     pub(super) segments: Vec<Segment>,
     /// Blocks in the lease at the start.
     leased_blocks: u64,
-    /// Ranges of the arena or the file that can hold data, ascending and disjoint. Empty before the residency is known.
+    /// Ranges of the arena or the file that can hold data, ascending and disjoint. Empty before the residency is known, and
+    /// where it is asked for while the work goes on.
     pub(super) populated: Vec<Range<usize>>,
     /// What is to be read back, where that is something else.
     pub(super) to_read: Option<Vec<Range<usize>>>,
+    /// How many bytes of each [part](parts) can hold data.
+    pub(super) held: Vec<u32>,
+    /// How many bytes that is; in a file, with those that are nobody's region.
+    pub(super) bytes_held: u64,
+    /// How many bytes are to be read back, where that is something else.
+    pub(super) bytes_to_read: Option<u64>,
     /// Bytes about which the kernel has said whether they are populated.
     pub(super) answered: u64,
     pub(super) lost: Lost,
@@ -156,6 +167,9 @@ pub(super) fn take_away_unasked(
         leased_blocks,
         populated: Vec::new(),
         to_read: None,
+        held: Vec::new(),
+        bytes_held: 0,
+        bytes_to_read: None,
         answered: 0,
         lost,
         named: pinned,
@@ -238,6 +252,9 @@ impl<S: State> Steps<S> {
             leased_blocks: self.leased_blocks,
             populated: self.populated,
             to_read: self.to_read,
+            held: self.held,
+            bytes_held: self.bytes_held,
+            bytes_to_read: self.bytes_to_read,
             answered: self.answered,
             lost: self.lost,
             named: self.named,
@@ -251,6 +268,9 @@ impl<S: State> Steps<S> {
     /// A job over everything that can hold data. It is the caller's to run it to its end before the blocks change hands.
     pub(super) fn job(&mut self, work: Work) -> Job {
         let Shared { engine, verify, .. } = &*self.pool;
+        if !work.zeroes() {
+            self.bytes_to_read = self.to_read.as_deref().map(sum);
+        }
         let ranges = match &self.to_read {
             Some(to_read) if !work.zeroes() => to_read,
             _ => &self.populated,
@@ -262,6 +282,40 @@ impl<S: State> Steps<S> {
         // process may write to memory that is shared with it: zeroing does not depend on what it finds, and what is read
         // back counts only once the kernel has excluded that.
         let job = unsafe { engine.job(arena, ranges, work, *verify, self.seed) };
+        self.note_loops(&job, work);
+        job
+    }
+
+    /// As [`job`](Self::job), over what the kernel will say of the `whole` when the work gets there.
+    pub(super) fn job_asking(&mut self, whole: Vec<Range<usize>>, work: Work) -> Job {
+        let Shared { engine, verify, .. } = &*self.pool;
+        let arena = backing(&self.pool, self.file.as_deref()).arena();
+        let ask: Box<Ask> = match self.file.as_deref().and_then(OwnedFile::get) {
+            Some(file) => {
+                let inquiry = file.inquiry();
+                Box::new(move |part| Ok(inquiry.residency(part)?.populated))
+            }
+            None => {
+                // Whoever works on the job keeps the pool; the job must not, because the pool's queue keeps the job.
+                let pool = Arc::downgrade(&self.pool);
+                Box::new(move |part| match pool.upgrade() {
+                    Some(pool) => Ok(pool.backing.residency(part)?.populated),
+                    None => Err(SysError {
+                        call: Call::PagemapOpen,
+                        source: io::Error::other("there is no pool"),
+                    }),
+                })
+            }
+        };
+        let batches = Batches::asked_for(whole, ask);
+        // SAFETY: as in `job`: what is answered lies in the range that was asked about.
+        let job = unsafe { engine.job_of(arena, batches, work, *verify, self.seed) };
+        self.note_loops(&job, work);
+        job
+    }
+
+    fn note_loops(&mut self, job: &Job, work: Work) {
+        let Shared { verify, .. } = &*self.pool;
         let choice = job.choice();
         if work.zeroes() {
             self.receipt.zero_loop = choice.zero_loop.name().to_owned();
@@ -273,7 +327,6 @@ impl<S: State> Steps<S> {
                 .verify_calibration
                 .clone_from(&choice.verify_rates);
         }
-        job
     }
 
     /// Runs a job with all workers, and settles it.
@@ -283,6 +336,12 @@ impl<S: State> Steps<S> {
         self.receipt.threads = self.pool.engine.run(job, watch.as_deref());
         job.settle(started.elapsed())
             .expect("the workers have done every piece or panicked")
+    }
+
+    /// Counts how much can hold data, once the ranges are known.
+    pub(super) fn count_populated(&mut self) {
+        self.held = held(&self.segments, &self.populated);
+        self.bytes_held = sum(&self.populated);
     }
 
     /// The lease that is torn down.
@@ -354,20 +413,8 @@ impl Steps<Dirty> {
                 let whole = one.clone();
                 match self.pool.backing.residency(one) {
                     Ok(residency) => answer(residency),
-                    // The kernel has answered: it is broken.
-                    Err(error) if error.errno() == Some(libc::EHWPOISON) => {
-                        log::error!("block {block} quarantined: {error}");
-                        let why = (QuarantineReason::MemoryError, error.to_string());
-                        self.lost.insert(block, why);
-                        self.blocks.quarantine_blocks([block]);
-                        broken.push(whole);
-                    }
-                    Err(error) => {
-                        log::error!("block {block} quarantined, residency unknown: {error}");
-                        let why = (QuarantineReason::ResidencyUnknown, error.to_string());
-                        self.lost.insert(block, why);
-                        self.blocks.quarantine_blocks([block]);
-                    }
+                    Err(error) if self.unanswered(block, &error) => broken.push(whole),
+                    Err(_) => {}
                 }
             }
         }
@@ -375,19 +422,87 @@ impl Steps<Dirty> {
         self.named = joined(self.named.drain(..).chain(broken));
         populated.sort_by_key(|range| range.start);
         self.populated = populated;
+        self.count_populated();
         self.receipt.steps.residency_ns = nanos(begun.elapsed());
     }
 
-    /// The lease's memory in parts for one question each, without what is lost already. (A retired lease that is cancelled
-    /// comes here twice; the rest of what it lost a block of holds the guest's bytes like any other.)
+    /// Quarantines a block about which the kernel did not say what is populated. Whether it said why: it is broken.
+    fn unanswered(&mut self, block: u64, error: &SysError) -> bool {
+        let broken = error.errno() == Some(libc::EHWPOISON);
+        let reason = if broken {
+            log::error!("block {block} quarantined: {error}");
+            QuarantineReason::MemoryError
+        } else {
+            log::error!("block {block} quarantined, residency unknown: {error}");
+            QuarantineReason::ResidencyUnknown
+        };
+        self.lost.insert(block, (reason, error.to_string()));
+        self.blocks.quarantine_blocks([block]);
+        broken
+    }
+
+    /// A job over everything that can hold data, which the kernel is asked about when the work gets there.
+    pub(super) fn job_later(&mut self, work: Work) -> Job {
+        let whole = match self.file.as_deref().and_then(OwnedFile::get) {
+            Some(file) => whole_file(&self.segments, file.len()),
+            None => self.ranges_to_ask_about(),
+        };
+        self.job_asking(whole, work)
+    }
+
+    /// Takes down what the kernel has said while the [job](Self::job_later) was done.
+    pub(super) fn take_answers(&mut self, answers: Answers) {
+        let is_file = self.file.is_some();
+        let mut each = answers.held.iter().copied();
+        self.held.clear();
+        let mut answered = 0;
+        for (_, part) in parts(&self.segments) {
+            let lost = self.lost.contains_key(&(part.start as u64 / BLOCK_SIZE));
+            // All of a file is asked about, but not what else is lost.
+            let held = if lost && !is_file {
+                0
+            } else {
+                each.next().unwrap_or(0)
+            };
+            self.held.push(held);
+            if !lost {
+                answered += part.len() as u64;
+            }
+        }
+        self.answered = answered;
+        self.bytes_held = answers.held.iter().copied().map(u64::from).sum();
+        self.receipt.steps.residency_ns = nanos(answers.time);
+        if is_file {
+            if let Some((_, error)) = answers.failed.first() {
+                self.answered = 0;
+                self.lose_rest(QuarantineReason::ResidencyUnknown, &error.to_string());
+            }
+            return;
+        }
+        for (part, error) in answers.failed {
+            let block = part.start as u64 / BLOCK_SIZE;
+            if self.unanswered(block, &error) {
+                self.named = joined(self.named.drain(..).chain([part]));
+            } else {
+                self.answered -= part.len() as u64;
+            }
+        }
+    }
+
+    /// The lease's memory in parts for one question each, without what is lost already.
     fn parts_to_ask_about(&self) -> Vec<Range<usize>> {
+        pieces(&self.ranges_to_ask_about(), ASKED_AT_ONCE)
+    }
+
+    /// The lease's memory, in the order of its parts, without what is lost already.
+    fn ranges_to_ask_about(&self) -> Vec<Range<usize>> {
         let mut there = Vec::new();
         for (_, part) in parts(&self.segments) {
             if !self.lost.contains_key(&(part.start as u64 / BLOCK_SIZE)) {
                 push_joined(&mut there, part);
             }
         }
-        pieces(&there, ASKED_AT_ONCE)
+        there
     }
 
     pub(super) fn scrubbed(mut self, zeroed: &Zeroed) -> Steps<Scrubbed> {
@@ -439,18 +554,34 @@ impl Steps<Scrubbed> {
 
 impl Steps<Verified> {
     /// Puts what is clean into the pool and closes the account.
-    pub(super) fn recycle(mut self) -> Result<ScrubReceipt, TeardownError> {
+    pub(super) fn recycle(self) -> Result<ScrubReceipt, TeardownError> {
         let recycling = Instant::now();
-        if let Err(error) = self.check_account() {
-            log::error!("{error}");
-            self.blocks.quarantine();
-            return Err(error);
+        let mut steps = self.checked()?;
+        let mut returning = Returning::default();
+        while let Some(excess) = steps.next_excess(&mut returning) {
+            steps.give_back(&excess);
         }
+        Ok(steps.finish(recycling))
+    }
+
+    /// Compares what the steps did with what there was to do. If the numbers do not add up, everything is quarantined.
+    pub(super) fn checked(self) -> Result<Self, TeardownError> {
+        match self.check_account() {
+            Ok(()) => Ok(self),
+            Err(error) => {
+                log::error!("{error}");
+                self.blocks.quarantine();
+                Err(error)
+            }
+        }
+    }
+
+    /// The last step, after [`checked`](Self::checked), which began at `recycling`.
+    pub(super) fn finish(mut self, recycling: Instant) -> ScrubReceipt {
         let started = self.started;
         let mut receipt = match self.file.take() {
             Some(file) => self.part_with(*file),
             None => {
-                self.give_back();
                 self.close_receipt();
                 self.blocks.recycle();
                 self.receipt
@@ -471,24 +602,7 @@ impl Steps<Verified> {
             receipt.bytes_never_populated,
             receipt.bytes_quarantined
         );
-        Ok(receipt)
-    }
-
-    /// Gives populated pages beyond what the policy retains back to the kernel. They are zero already; a refusal costs memory
-    /// and nothing else. What is quarantined stays where it is: the kernel would hand it to somebody else.
-    fn give_back(&mut self) {
-        for range in beyond(
-            &outside(&self.populated, &self.segments, &self.lost),
-            self.pool.retain,
-        ) {
-            match self.pool.backing.give_back(range.clone()) {
-                Ok(bytes) => self.receipt.bytes_returned += bytes,
-                Err(error) => log::warn!(
-                    "{} bytes are not given back to the kernel: {error}",
-                    range.len()
-                ),
-            }
-        }
+        receipt
     }
 
     /// Compares what the steps did with what there was to do.
@@ -508,11 +622,11 @@ impl Steps<Verified> {
         };
         let asked = asked_about(&self.segments, &self.lost);
         check("what the kernel was asked about", asked, self.answered)?;
-        let populated = sum(&self.populated);
+        let populated = self.bytes_held;
         let treated = receipt.bytes_scrubbed + self.not_zeroed;
         check("what was scrubbed", populated, treated)?;
 
-        let totals = totals(&self.segments, &self.populated, &self.lost);
+        let totals = totals(&self.segments, &self.held, &self.lost);
         let held = self.blocks.count() + self.set_aside();
         check(
             "the blocks of the lease",
@@ -523,7 +637,7 @@ impl Steps<Verified> {
         check("the sum of all parts", receipt.bytes_total, parts)?;
         if receipt.verify.is_complete() {
             let read = receipt.bytes_verified + self.failed_bytes;
-            let to_read = self.to_read.as_deref().map_or(populated, sum);
+            let to_read = self.bytes_to_read.unwrap_or(populated);
             check("what was read back", to_read, read)?;
         }
         Ok(())
@@ -531,13 +645,10 @@ impl Steps<Verified> {
 
     /// Fills in the receipt's totals.
     pub(super) fn close_receipt(&mut self) {
-        let totals = totals(&self.segments, &self.populated, &self.lost);
+        let totals = totals(&self.segments, &self.held, &self.lost);
         let receipt = &mut self.receipt;
-        receipt.bytes_verified = if receipt.verify.is_complete() {
-            totals.scrubbed
-        } else {
-            receipt.bytes_verified.min(totals.scrubbed)
-        };
+        // What was read in blocks that are lost nevertheless does not count.
+        receipt.bytes_verified = receipt.bytes_verified.min(totals.scrubbed);
         if let Verify::Sampled { .. } = receipt.verify {
             receipt.sample_seed = Some(self.seed);
         }
@@ -552,6 +663,22 @@ impl Steps<Verified> {
             (0, Verify::Full | Verify::Memory) => Outcome::Proven,
         };
     }
+}
+
+/// All of a file of `len` bytes: first the parts of its segments in their order, then what is between and behind them.
+fn whole_file(segments: &[Segment], len: usize) -> Vec<Range<usize>> {
+    let mut whole: Vec<Range<usize>> = segments
+        .iter()
+        .map(|segment| segment.offset..segment.offset + segment.len)
+        .collect();
+    let mut at = 0;
+    for taken in joined(whole.iter().cloned()) {
+        whole.push(at..taken.start);
+        at = taken.end;
+    }
+    whole.push(at..len);
+    whole.retain(|range| !range.is_empty());
+    whole
 }
 
 fn sum(ranges: &[Range<usize>]) -> u64 {

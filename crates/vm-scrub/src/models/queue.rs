@@ -64,21 +64,22 @@ impl Chore for Pieces {
         while self.left.load(Ordering::Relaxed) > 0 && go_on(1) && self.take() {
             self.done.fetch_add(1, Ordering::AcqRel);
         }
-    }
-
-    fn work_with(&self, _: &Workers) {
-        self.work(&mut |_| true);
-    }
-
-    fn conclude(&self) {
         if self.is_done() {
             *self.concluded.lock().unwrap() = true;
             self.changed.notify_all();
         }
     }
 
+    fn work_with(&self, _: &Workers) {
+        self.work(&mut |_| true);
+    }
+
     fn has_work(&self) -> bool {
         !self.is_over() && (self.left.load(Ordering::Relaxed) > 0 || self.is_done())
+    }
+
+    fn is_wanted(&self) -> bool {
+        false
     }
 
     fn is_over(&self) -> bool {

@@ -34,16 +34,17 @@ pub(crate) trait Chore: Debug + Send + Sync {
     fn priority(&self) -> Priority;
 
     /// Takes pieces until there are none left or `go_on`, asked with the length in bytes of each before it is begun, says no.
+    /// Concludes it if the last piece is done and nobody has yet.
     fn work(&self, go_on: &mut dyn FnMut(usize) -> bool);
 
-    /// Takes pieces with all of `workers` until there are none left.
+    /// As [`work`](Self::work) with all of `workers`, until it is concluded or given up.
     fn work_with(&self, workers: &Workers);
-
-    /// Concludes it if its last piece is done and nobody has yet.
-    fn conclude(&self);
 
     /// Whether there is something that one more thread could do: take a piece, or conclude it.
     fn has_work(&self) -> bool;
+
+    /// Whether somebody is [at it with all workers](Self::work_with), to whom the background is to leave it.
+    fn is_wanted(&self) -> bool;
 
     /// Whether it is concluded or given up.
     fn is_over(&self) -> bool;
@@ -165,11 +166,15 @@ impl Queue {
                     .iter()
                     .any(|other| other.priority() > mine && other.has_work())
             };
-            let stop = || self.stop.load(Ordering::Relaxed) || chore.is_over() || outranked();
+            let stop = || {
+                self.stop.load(Ordering::Relaxed)
+                    || chore.is_over()
+                    || chore.is_wanted()
+                    || outranked()
+            };
             // A panic in an embedder's progress callback: the chore gives itself up, and the others go on.
             let worked = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
                 chore.work(&mut |bytes| self.throttle.allow(bytes, stop));
-                chore.conclude();
             }));
             if worked.is_err() {
                 log::error!("background scrubbing panicked; the memory concerned is quarantined");
@@ -278,7 +283,6 @@ impl Background {
             return false;
         };
         chore.work_with(workers);
-        chore.conclude();
         chore.wait();
         true
     }

@@ -241,7 +241,7 @@ impl PoolBuilder {
 
     /// Calls `on_progress` after each piece (of at most 256 KiB) that was scrubbed, from the thread that did it. It must be
     /// quick, and must not wait for what waits for it, as [`Ticket::cancel`](crate::Ticket::cancel) does. If it panics, the
-    /// memory of that lease is quarantined, unless all of it had been verified by then.
+    /// memory of that lease is quarantined, unless it was finished by then.
     pub fn on_progress(mut self, on_progress: impl Fn(Progress) + Send + Sync + 'static) -> Self {
         self.on_progress = Some(Arc::new(on_progress));
         self

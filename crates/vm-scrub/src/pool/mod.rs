@@ -92,7 +92,7 @@ pub(crate) struct Shared {
 
 impl Shared {
     /// What a job of `lease` tells about its progress, if anybody wants to hear it.
-    pub(crate) fn watch(&self, lease: LeaseId) -> Option<Box<Watch>> {
+    pub(crate) fn watch(&self, lease: LeaseId) -> Option<Box<Watch<'static>>> {
         let on_progress = Arc::clone(self.on_progress.as_ref()?);
         Some(Box::new(move |bytes_done, bytes_total| {
             on_progress(Progress {

@@ -30,6 +30,7 @@ pub struct Progress {
     pub lease: LeaseId,
     /// Bytes that are done.
     pub bytes_done: u64,
-    /// Bytes in all: those that can hold data.
+    /// Bytes in all. Of a lease that is torn down, those that can hold data; of a retired one, which is asked about when the work gets
+    /// there, all of them, as [`Ticket::progress`](crate::Ticket::progress) says.
     pub bytes_total: u64,
 }

@@ -46,8 +46,8 @@ pub struct ScrubRate {
     /// Bytes in a second, on average. 0 counts as 1, which is as good as stopping: then only who waits for memory, or for a
     /// ticket, gets on.
     pub bytes_per_second: u64,
-    /// Bytes that may be scrubbed at once after a pause, before the average is enforced. What one step does (256 KiB) may
-    /// come on top.
+    /// Bytes that may be scrubbed at once after a pause, before the average is enforced. What one step does (256
+    /// KiB; 2 MiB where clean memory is given back to the kernel) may come on top.
     pub burst: u64,
 }
 

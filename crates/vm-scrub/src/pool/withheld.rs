@@ -407,7 +407,7 @@ mod tests {
     fn pool_with_file() -> (Pool, Arc<Entry>) {
         let builder = Pool::builder().capacity(crate::BLOCK_SIZE).threads(1);
         let pool = builder.build().unwrap();
-        let file = SharedFile::map(crate::BLOCK_SIZE as usize, false, None).unwrap();
+        let file = SharedFile::map(crate::BLOCK_SIZE as usize, false, None, false).unwrap();
         // SAFETY: the view is mapped, writable and this test's own.
         unsafe { file.arena().at(77).write_volatile(1) };
         let about = Withheld::new(LeaseId::next(), None, crate::BLOCK_SIZE, String::new());

@@ -185,8 +185,23 @@ impl Engine {
         verify: Verify,
         seed: u64,
     ) -> Job {
-        let bytes = ranges.iter().map(|range| range.len() as u64).sum();
-        let choice = self.choose(bytes, verify, work);
+        // SAFETY: passed on to the caller.
+        unsafe { self.job_of(base, Batches::new(ranges.to_vec()), work, verify, seed) }
+    }
+
+    /// A job over `batches`, which are relative to `base`.
+    ///
+    /// # Safety
+    /// As for [`Job::new`].
+    pub(crate) unsafe fn job_of(
+        &self,
+        base: HostPtr,
+        batches: Batches,
+        work: Work,
+        verify: Verify,
+        seed: u64,
+    ) -> Job {
+        let choice = self.choose(batches.bytes(), verify, work);
         let pass = Pass {
             base,
             zero_loop: choice.zero_loop,
@@ -199,11 +214,11 @@ impl Engine {
             sabotage: self.sabotage,
         };
         // SAFETY: passed on to the caller.
-        unsafe { Job::new(pass, work, choice, Batches::new(ranges.to_vec())) }
+        unsafe { Job::new(pass, work, choice, batches) }
     }
 
     /// Does all of a job now. Returns with how many threads.
-    pub(crate) fn run(&self, job: &Job, watch: Option<&Watch>) -> usize {
+    pub(crate) fn run(&self, job: &Job, watch: Option<&Watch<'_>>) -> usize {
         job.work_with(&self.workers, watch)
     }
 }

@@ -1,15 +1,16 @@
 //! A range that is being worked on by any number of threads, in pieces.
 //!
 //! Threads take the next batch when they have done one, so none idles while another has a queue, and stop between two batches
-//! when they are told to. The job is done when all bytes are; whoever sees that first may [settle](Job::settle) it.
+//! when they are told to. A piece that is not zero when it is read back gets a second chance like any other work, and is done when
+//! it had that. The job is done when all bytes are; whoever sees that first may [settle](Job::settle) it.
 
-use super::batches::Batches;
-use super::broken::{Broken, bytes_in};
+use super::batches::{Answers, Batches, Upcoming};
+use super::broken::Broken;
 use super::engine::Choice;
-use super::pass::{Pass, Tally, Work};
+use super::pass::{Pass, Suspect, Tally, Work};
 use super::workers::Workers;
 use crate::sync::atomic::{AtomicU64, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 /// Proof that zeros were written to a job's every piece. Made by [`Job::settle`] only.
 #[derive(Debug)]
@@ -81,7 +82,7 @@ impl Verdict {
 }
 
 /// Called with how many bytes are done and how many there are, by the thread that did the last of them.
-pub(crate) type Watch = dyn Fn(u64, u64) + Send + Sync;
+pub(crate) type Watch<'a> = dyn Fn(u64, u64) + Send + Sync + 'a;
 
 /// So many bytes one thread has done before others are awake. Measured on Zen 4: waking a second thread takes 50 to 100 µs, zeroing
 /// and reading back 1 MiB takes 20 to 50.
@@ -102,8 +103,8 @@ impl Job {
     /// A job over `batches`, which are relative to the pass's base.
     ///
     /// # Safety
-    /// Until the job is settled or dropped the ranges must be disjoint, mapped readable and (but for
-    /// [`Work::ReadSealed`]) writable, and nobody else may write to them, nor read what is zeroed.
+    /// Until the job is settled or dropped the ranges, or whatever will be answered to `batches`, must be disjoint, mapped readable
+    /// and (but for [`Work::ReadSealed`]) writable, and nobody else may write to them, nor read what is zeroed.
     pub(crate) unsafe fn new(pass: Pass, work: Work, choice: Choice, batches: Batches) -> Self {
         Self {
             pass,
@@ -128,7 +129,12 @@ impl Job {
 
     /// Whether there is something that nobody has taken yet.
     pub(crate) fn has_batches(&self) -> bool {
-        self.batches.upcoming() > 0
+        self.batches.upcoming() != Upcoming::Nothing || self.tally.has_suspects()
+    }
+
+    /// What the kernel has said about the ranges, if it was asked; once, when the job is done.
+    pub(crate) fn take_answers(&self) -> Answers {
+        self.batches.take_answers()
     }
 
     /// How long threads have worked on it, all together.
@@ -143,30 +149,68 @@ impl Job {
 
     /// Takes batches one after the other, until there are none left or `go_on`, asked with the bytes of the next one before
     /// each, says no. `watch` hears of each batch.
-    pub(crate) fn work(&self, mut go_on: impl FnMut(usize) -> bool, watch: Option<&Watch>) {
+    pub(crate) fn work(&self, mut go_on: impl FnMut(usize) -> bool, watch: Option<&Watch<'_>>) {
         loop {
-            let upcoming = self.batches.upcoming();
-            if upcoming == 0 || !go_on(upcoming) {
-                return;
-            }
-            let Some(batch) = self.batches.take() else {
-                return;
-            };
-            // SAFETY: whoever made the job promised that its ranges are disjoint and nobody else's; each batch is handed out
-            // once.
-            unsafe { self.pass.run(self.work, batch.pieces(), &self.tally) };
-            // Publishes the zeros, which the loop has fenced on this thread, to whoever sees that the job is done.
-            let bytes = batch.bytes as u64;
-            let done = self.done.fetch_add(bytes, Ordering::AcqRel) + bytes;
-            if let Some(watch) = watch {
-                watch(done, self.total);
+            match self.batches.upcoming() {
+                Upcoming::Batch(bytes) => {
+                    if !go_on(bytes) {
+                        return;
+                    }
+                    if let Some(batch) = self.batches.take() {
+                        let bytes = batch.bytes as u64;
+                        // SAFETY: whoever made the job promised that its ranges are disjoint and nobody else's; each batch is
+                        // handed out once.
+                        let suspect =
+                            unsafe { self.pass.run(self.work, batch.pieces(), &self.tally) };
+                        self.add(bytes.saturating_sub(suspect), watch);
+                    }
+                }
+                Upcoming::Question => {
+                    if !go_on(0) {
+                        return;
+                    }
+                    if let Some(bytes) = self.batches.ask() {
+                        self.add(bytes, watch);
+                    }
+                }
+                Upcoming::Nothing => {
+                    let Some(suspect) = self.tally.take_suspect() else {
+                        return;
+                    };
+                    if !go_on(suspect.piece.len()) {
+                        self.tally.put_back(suspect);
+                        return;
+                    }
+                    self.retry(suspect, watch);
+                }
             }
         }
     }
 
+    /// Counts bytes as done. This publishes the zeros, which the loop has fenced on this thread, to whoever sees that the job is
+    /// done.
+    fn add(&self, bytes: u64, watch: Option<&Watch<'_>>) {
+        if bytes == 0 {
+            return;
+        }
+        let done = self.done.fetch_add(bytes, Ordering::AcqRel) + bytes;
+        if let Some(watch) = watch {
+            watch(done, self.total);
+        }
+    }
+
+    /// Gives a piece that was not zero its second chance.
+    fn retry(&self, suspect: Suspect, watch: Option<&Watch<'_>>) {
+        let bytes = suspect.piece.len() as u64;
+        // SAFETY: the piece was handed out once, and it is this thread that took it from the list of suspects; whoever made the
+        // job promised that it is nobody else's.
+        unsafe { self.pass.retry(self.work, suspect, &self.tally) };
+        self.add(bytes, watch);
+    }
+
     /// All workers take batches until there are none left; the calling thread alone, if there are few. Returns how many threads
     /// that were.
-    pub(crate) fn work_with(&self, workers: &Workers, watch: Option<&Watch>) -> usize {
+    pub(crate) fn work_with(&self, workers: &Workers, watch: Option<&Watch<'_>>) -> usize {
         if self.total <= FEW {
             self.work(|_| true, watch);
             return 1;
@@ -175,61 +219,42 @@ impl Job {
         workers.threads()
     }
 
-    /// Gives each piece that was not zero a second chance, where it was to be zeroed, and decides. `elapsed` is how long the pieces took.
+    /// Decides. `elapsed` is how long the work took.
     ///
     /// `None` if the job is not done.
     pub(crate) fn settle(&self, elapsed: Duration) -> Option<(Zeroed, Verdict)> {
         if !self.is_done() {
             return None;
         }
-        let again = Instant::now();
         let (zeroing, reading) = self.tally.divide(elapsed);
-        let suspects = self.tally.take_suspects();
-        if let Some(first) = suspects.first()
-            && self.work != Work::Check
-        {
+        let (tried, mut failures) = self.tally.take_retried();
+        failures.sort_by_key(|failed| failed.offset);
+        if let Some(first) = tried {
             log::warn!(
-                "{} pieces of {} bytes are not zero after scrubbing, among them that at pool offset {:#x}: scrubbing them again",
-                suspects.len(),
+                "some of {} bytes were not zero after scrubbing, among them the piece at pool offset {first:#x}: scrubbed again, and \
+                 {} pieces are still not",
                 self.total,
-                first.piece.start
+                failures.len()
             );
         }
-        let mut verdict = Verdict {
+        let broken = self.tally.take_broken();
+        let verdict = Verdict {
             bytes: self.tally.read(),
-            failed_bytes: 0,
-            failures: Vec::new(),
-            time: Duration::ZERO,
-            broken: Vec::new(),
+            failed_bytes: failures
+                .iter()
+                .map(|failed| (failed.piece.len() as u64).saturating_sub(failed.broken))
+                .sum(),
+            failures: failures
+                .iter()
+                .map(|failed| Failure {
+                    offset: failed.offset,
+                })
+                .collect(),
+            time: reading,
+            broken: broken.clone(),
         };
-        let mut broken = self.tally.take_broken();
-        let mut zeroed = self.tally.zeroed();
-        for suspect in suspects {
-            let (again, mut more) = match self.work {
-                // What was proven to be zero and is not has a writer. To zero it would only hide that.
-                Work::Check => (Err(suspect.offset), Vec::new()),
-                // SAFETY: the job's pieces are still nobody else's, and no other thread works on them once it is done.
-                _ => unsafe { self.pass.retry(self.work, &suspect.piece) },
-            };
-            let lost = bytes_in(more.iter().map(|broken| broken.range.clone()));
-            broken.append(&mut more);
-            if self.work.zeroes() {
-                zeroed = zeroed.saturating_sub(lost);
-            }
-            let lost = suspect.broken + lost;
-            match again {
-                Ok(bytes) => verdict.bytes += bytes.saturating_sub(lost),
-                Err(offset) => {
-                    verdict.failed_bytes += (suspect.piece.len() as u64).saturating_sub(lost);
-                    verdict.failures.push(Failure { offset });
-                }
-            }
-        }
-        verdict.broken = broken.clone();
-        verdict.failures.sort_by_key(|failure| failure.offset);
-        verdict.time = reading + again.elapsed();
         let zeroed = Zeroed {
-            bytes: zeroed,
+            bytes: self.tally.zeroed(),
             time: zeroing,
             broken,
         };

@@ -16,6 +16,8 @@ mod residency;
 mod sample;
 mod workers;
 
+#[cfg(feature = "vm-memory")]
+pub(crate) use batches::{Answers, Ask, Batches};
 pub(crate) use broken::Broken;
 #[cfg(feature = "vm-memory")]
 pub(crate) use broken::{bytes_in, joined};

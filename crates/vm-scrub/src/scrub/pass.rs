@@ -7,8 +7,8 @@ use super::broken::{Broken, bytes_in, sound_parts};
 use super::policy::Verify;
 use super::sample;
 use crate::arch::{VerifyLoop, ZeroLoop, flush_from_cache};
-use crate::sync::Mutex;
 use crate::sync::atomic::{AtomicU64, Ordering};
+use crate::sync::{Mutex, MutexGuard};
 use crate::sys::watched::{self, Watch};
 use std::ops::Range;
 use std::sync::PoisonError;
@@ -93,7 +93,17 @@ pub(crate) struct Tally {
     zeroing_ns: AtomicU64,
     reading_ns: AtomicU64,
     suspects: Mutex<Vec<Suspect>>,
+    retried: Mutex<Retried>,
     broken: Mutex<Vec<Broken>>,
+}
+
+/// What became of second chances.
+#[derive(Debug, Default)]
+struct Retried {
+    /// Where the first piece that had one begins.
+    first: Option<usize>,
+    /// Pieces that were still not zero, or that get no second chance.
+    failures: Vec<Suspect>,
 }
 
 /// A piece that was not zero when it was read.
@@ -126,9 +136,33 @@ impl Tally {
         self.read.load(Ordering::Relaxed)
     }
 
-    /// Pieces that were not zero when they were read.
-    pub(crate) fn take_suspects(&self) -> Vec<Suspect> {
-        std::mem::take(&mut self.suspects.lock().unwrap_or_else(PoisonError::into_inner))
+    fn suspects(&self) -> MutexGuard<'_, Vec<Suspect>> {
+        self.suspects.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn retried(&self) -> MutexGuard<'_, Retried> {
+        self.retried.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether there are pieces that wait for a second chance.
+    pub(crate) fn has_suspects(&self) -> bool {
+        !self.suspects().is_empty()
+    }
+
+    /// A piece that was not zero when it was read, for whoever gives it a second chance.
+    pub(crate) fn take_suspect(&self) -> Option<Suspect> {
+        self.suspects().pop()
+    }
+
+    /// Leaves it to others.
+    pub(crate) fn put_back(&self, suspect: Suspect) {
+        self.suspects().push(suspect);
+    }
+
+    /// Where one of the pieces begins that had a second chance, if any had; and those that are not zero.
+    pub(crate) fn take_retried(&self) -> (Option<usize>, Vec<Suspect>) {
+        let retried = std::mem::take(&mut *self.retried());
+        (retried.first, retried.failures)
     }
 
     /// How long the threads have worked, all together.
@@ -143,17 +177,24 @@ impl Tally {
         std::mem::take(&mut self.broken.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
-    fn add(&self, mut found: Found) {
+    /// How many bytes are in pieces that get a second chance.
+    fn add(&self, work: Work, mut found: Found) -> u64 {
         self.zeroed.fetch_add(found.zeroed, Ordering::Relaxed);
         self.read.fetch_add(found.read, Ordering::Relaxed);
-        if !found.suspects.is_empty() {
-            let mut suspects = self.suspects.lock().unwrap_or_else(PoisonError::into_inner);
-            suspects.append(&mut found.suspects);
+        let mut suspect = 0;
+        if work == Work::Check && !found.suspects.is_empty() {
+            // What was proven to be zero and is not has a writer. To zero it would only hide that.
+            self.retried().failures.append(&mut found.suspects);
+        } else if !found.suspects.is_empty() {
+            let lens = found.suspects.iter().map(|suspect| suspect.piece.len());
+            suspect = lens.sum::<usize>() as u64;
+            self.suspects().append(&mut found.suspects);
         }
         if !found.broken.is_empty() {
             let mut broken = self.broken.lock().unwrap_or_else(PoisonError::into_inner);
             broken.append(&mut found.broken);
         }
+        suspect
     }
 
     /// Counts `all` the time for a batch, divided in the ratio of `zeroing` to `reading`.
@@ -181,7 +222,7 @@ impl Tally {
 }
 
 impl Pass {
-    /// Does `work` on `pieces` and counts it in `tally`.
+    /// Does `work` on `pieces` and counts it in `tally`. How many bytes are in pieces that get a second chance.
     ///
     /// # Safety
     /// The pieces must be readable and, but for [`Work::ReadSealed`], writable, and nobody else may access them meanwhile.
@@ -190,7 +231,7 @@ impl Pass {
         work: Work,
         pieces: impl Iterator<Item = Range<usize>>,
         tally: &Tally,
-    ) {
+    ) -> u64 {
         let begun = Instant::now();
         let watch = watched::watch(self.page);
         let mut times = None;
@@ -215,11 +256,10 @@ impl Pass {
             found.broken.append(&mut broken);
         }
         let Some((zeroing, reading)) = times else {
-            tally.add(found);
-            return;
+            return tally.add(work, found);
         };
         tally.add_time(zeroing, reading, begun.elapsed());
-        tally.add(found);
+        tally.add(work, found)
     }
 
     /// Does `work` on one piece. The first time it is measured how the time divides.
@@ -352,24 +392,43 @@ impl Pass {
         }
     }
 
-    /// Scrubs a suspect piece once more, where that is possible. `Ok` is the number of bytes that were read and are zero, `Err` the offset of the
-    /// first one that still is not; and what of it is broken.
+    /// Scrubs a suspect piece once more, where that is possible, and counts in `tally` what became of it.
     ///
     /// # Safety
     /// As for [`Pass::run`].
-    pub(crate) unsafe fn retry(
-        &self,
-        work: Work,
-        piece: &Range<usize>,
-    ) -> (Result<u64, usize>, Vec<Broken>) {
-        self.watched(watched::watch(self.page).as_ref(), piece, || {
+    pub(crate) unsafe fn retry(&self, work: Work, mut suspect: Suspect, tally: &Tally) {
+        let begun = Instant::now();
+        let piece = &suspect.piece;
+        let (outcome, broken) = self.watched(watched::watch(self.page).as_ref(), piece, || {
             if work != Work::ReadSealed && !self.skips(piece) {
                 // SAFETY: passed on to the caller.
                 unsafe { self.zero(piece) };
             }
             // SAFETY: passed on to the caller.
             unsafe { self.read_back(piece) }
-        })
+        });
+        let lost = bytes_in(broken.iter().map(|broken| broken.range.clone()));
+        if work.zeroes() {
+            // It was counted when it was zeroed for the first time.
+            tally.zeroed.fetch_sub(lost, Ordering::Relaxed);
+        }
+        suspect.broken += lost;
+        let mut found = Found {
+            broken,
+            ..Found::default()
+        };
+        let mut retried = tally.retried();
+        retried.first.get_or_insert(suspect.piece.start);
+        match outcome {
+            Ok(bytes) => found.read = bytes.saturating_sub(suspect.broken),
+            Err(offset) => {
+                suspect.offset = offset;
+                retried.failures.push(suspect);
+            }
+        }
+        drop(retried);
+        tally.add_time(Duration::ZERO, Duration::from_nanos(1), begun.elapsed());
+        tally.add(work, found);
     }
 
     /// Breaks the memory of the piece, if it is to be broken.

@@ -89,7 +89,7 @@ impl Policy {
     /// How many bytes of each lease or range may stay populated when it has been scrubbed. What is beyond is zeroed, verified,
     /// and then given back to the kernel, so that an idle pool does not hold what one large guest once touched. All of it
     /// stays, if not said otherwise. Only memory whose pages can be told apart is given back: pools, and private anonymous
-    /// mappings.
+    /// mappings. Of a lease that is retired it goes 2 MiB at a time, within the limit of the throttle, and stops when it is told to.
     pub fn retain(mut self, bytes: u64) -> Self {
         self.retain = bytes;
         self
