@@ -2,8 +2,11 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use vm_scrub::pool::Clock;
+
+/// How long until somebody sleeps, on a host that has other things to do.
+const LIMIT: Duration = Duration::from_secs(30);
 
 /// A clock that stands still unless it is told to go on: with a limit, background scrubbing then stops after its first piece.
 #[derive(Debug, Clone, Default)]
@@ -24,10 +27,13 @@ impl Clock for StoppedClock {
 }
 
 impl StoppedClock {
-    /// Returns when somebody has begun to sleep since.
+    /// Returns when somebody has begun to sleep since. Panics if nobody does: what was to be paced is over, or goes on unpaced.
+    #[track_caller]
     pub fn wait_until_asleep(&self) {
         self.asleep.store(false, Ordering::SeqCst);
+        let since = Instant::now();
         while !self.asleep.load(Ordering::SeqCst) {
+            assert!(since.elapsed() < LIMIT, "nobody waits for this clock");
             std::thread::yield_now();
         }
     }
@@ -38,6 +44,7 @@ impl StoppedClock {
     }
 
     /// Lets so much time pass, and returns when what could be done in it is done.
+    #[track_caller]
     pub fn let_work(&self, time: Duration) {
         self.go_on(time);
         // The first may be one who fell asleep before, and looks up only now.
