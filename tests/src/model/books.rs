@@ -110,7 +110,7 @@ impl Model {
 
     /// Compares the pool's accounts with the model's.
     pub(super) fn check_books(&mut self) {
-        let (accounts, _) = self.accounts();
+        let (accounts, own) = self.accounts();
         assert_eq!(
             accounts.total(),
             self.knobs.blocks() * BLOCK_SIZE,
@@ -127,13 +127,19 @@ impl Model {
         if certain {
             assert!(accounts.dirty >= in_hand * BLOCK_SIZE, "{accounts:?}");
             if accounts.dirty == in_hand * BLOCK_SIZE {
-                // All that nobody has a ticket for is done.
-                for gone in self.unattended.drain(..) {
-                    self.unsaid += if gone.may_lose && !gone.shareable {
-                        gone.blocks
-                    } else {
-                        0
-                    };
+                // All that nobody has a ticket for is done, but that a shareable lease is listed as withheld after it is in
+                // quarantine.
+                let explained = (self.quarantined + self.unsaid) * BLOCK_SIZE;
+                let unlisted = own > explained;
+                for gone in std::mem::take(&mut self.unattended) {
+                    if !gone.may_lose {
+                        continue;
+                    }
+                    if !gone.shareable {
+                        self.unsaid += gone.blocks;
+                    } else if unlisted {
+                        self.unattended.push(gone);
+                    }
                 }
             }
         }
