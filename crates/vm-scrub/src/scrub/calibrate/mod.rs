@@ -109,23 +109,29 @@ enum Loops {
     ZeroAndVerify(ZeroLoop),
 }
 
+/// How often it is tried to measure more than a page, on a host that has no time for it.
+const TRIES: u32 = 3;
+
 static CALIBRATION: OnceLock<Calibration> = OnceLock::new();
 
 /// What was measured on this host. The first call in a process measures, on the calling thread and for at most 50 ms. Pools
 /// call it when they are built, unless they are told which loops to use, and so does the first
 /// [`scrub_raw`](crate::scrub_raw) that finds 64 MiB or more to scrub.
 ///
-/// Where the host is so busy, or has so little memory, that only a single page can be measured, that is what is returned; the
-/// next call tries again.
+/// Where the host is so busy, or has so little memory, that only a single page can be measured, that is what is returned. Later
+/// calls try again, three times in all.
 pub fn calibration() -> &'static Calibration {
-    static MEASURING: Mutex<()> = Mutex::new(());
+    static FAILED: Mutex<u32> = Mutex::new(0);
     if let Some(done) = CALIBRATION.get() {
         return done;
     }
     // What it guards is the processor: two who measure at the same time disturb each other.
-    let _alone = MEASURING.lock().unwrap_or_else(PoisonError::into_inner);
+    let mut failed = FAILED.lock().unwrap_or_else(PoisonError::into_inner);
     if let Some(done) = CALIBRATION.get() {
         return done;
+    }
+    if *failed >= TRIES {
+        return quick_calibration();
     }
     match Calibration::measure(BUDGET) {
         Some(calibration) => {
@@ -133,9 +139,10 @@ pub fn calibration() -> &'static Calibration {
             CALIBRATION.get_or_init(|| calibration)
         }
         None => {
+            *failed += 1;
             log::warn!(
-                "loops not measured beyond {SMALLEST} bytes: the host is too busy or has too little memory; the next pool tries \
-                 again"
+                "loops not measured beyond {SMALLEST} bytes: the host is too busy or has too little memory ({failed} of {TRIES} \
+                 attempts)"
             );
             quick_calibration()
         }
