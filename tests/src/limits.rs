@@ -3,22 +3,28 @@
 use std::fs;
 use std::io::Error;
 
+/// The type of `RLIMIT_AS` and the like.
+#[cfg(target_env = "gnu")]
+type Resource = libc::__rlimit_resource_t;
+#[cfg(not(target_env = "gnu"))]
+type Resource = libc::c_int;
+
 /// Sets the limit on `resource` (`RLIMIT_AS` and the like) to `value`; `RLIM_INFINITY` is as much as this process may have.
-pub fn set(resource: u32, value: u64) {
+pub fn set(resource: Resource, value: u64) {
     let mut limit = libc::rlimit {
         rlim_cur: 0,
         rlim_max: 0,
     };
     // SAFETY: the structure is live and of the right type, and writable for the first call.
     let status = unsafe {
-        assert_eq!(libc::getrlimit(resource as _, &raw mut limit), 0);
+        assert_eq!(libc::getrlimit(resource, &raw mut limit), 0);
         if value == libc::RLIM_INFINITY {
             limit.rlim_cur = limit.rlim_max;
         } else {
             limit.rlim_cur = value;
             limit.rlim_max = limit.rlim_max.max(value);
         }
-        libc::setrlimit(resource as _, &raw const limit)
+        libc::setrlimit(resource, &raw const limit)
     };
     assert_eq!(status, 0, "{}", Error::last_os_error());
 }

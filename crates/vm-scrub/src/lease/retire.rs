@@ -78,10 +78,12 @@ impl Drop for Active<'_> {
         if std::thread::panicking() && !self.unwinding {
             retired.give_up();
         }
-        retired.active.fetch_sub(1, Ordering::SeqCst);
+        {
+            // Under the lock, as whoever waits for this looks: it cannot fall between its look and its wait.
+            let _state = retired.state();
+            retired.active.fetch_sub(1, Ordering::SeqCst);
+        }
         if retired.cancelled.load(Ordering::SeqCst) || retired.is_wanted() {
-            // Whoever waits for this looks under the lock: it cannot fall between its look and its wait.
-            drop(retired.state());
             retired.changed.notify_all();
         }
     }
