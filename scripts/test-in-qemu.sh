@@ -16,7 +16,7 @@ source scripts/lib/debian.sh
 program_limit=1800
 machine_limit=5400
 # Walks over everything and random sequences, which do again and again what shorter tests do once, and guests by the hundred.
-long='^(faults|faults_in_pairs|concurrent|model|kvm_thousand_leases|kvm_generations|kvm_layouts)$'
+long='^(faults|faults_in_pairs|faults_with_options|shared_faults|shared_killed|concurrent|corpora|model|limits|kvm_racing|kvm_thousand_leases|kvm_generations|kvm_layouts)$'
 left_out=
 if [[ ${1-} == --brief ]]; then
     shift

@@ -8,12 +8,25 @@ use proptest::prelude::*;
 use std::path::Path;
 use vm_scrub_tests::child::alone;
 use vm_scrub_tests::fuzz::TARGETS;
+use vm_scrub_tests::skipped;
 
 /// Inputs that nobody has chosen. Fuzzing looks at millions; these are for what every input shows.
 const NEW_INPUTS: u32 = 32;
 
+/// Whether the corpora are where they were when this was built: not in an emulated machine, which has the programs only.
+fn has_corpora() -> bool {
+    let has = Path::new(env!("CARGO_MANIFEST_DIR")).exists();
+    if !has {
+        skipped(&"the sources are not on this machine");
+    }
+    has
+}
+
 /// Runs a target on every input of its corpus, and on some that are new.
 fn replay(name: &str) {
+    if !has_corpora() {
+        return;
+    }
     let (_, target) = TARGETS
         .iter()
         .find(|(target, _)| *target == name)
@@ -61,6 +74,9 @@ fn text() {
 
 #[test]
 fn every_corpus_has_a_target_and_every_target_a_corpus() {
+    if !has_corpora() {
+        return;
+    }
     let directory = Path::new(env!("CARGO_MANIFEST_DIR")).join("../fuzz");
     let mut corpora: Vec<String> = std::fs::read_dir(directory.join("corpus"))
         .unwrap()

@@ -54,6 +54,14 @@ struct Race {
     refused: AtomicU64,
 }
 
+impl Race {
+    /// How often each of the things has happened that are to be seen.
+    fn counts(&self) -> [u64; 3] {
+        let counts = [&self.written, &self.too_late, &self.refused];
+        counts.map(|count| count.load(Ordering::SeqCst))
+    }
+}
+
 fn memslots_come_and_go_while_vcpus_write(page_size: PageSize) {
     let machine = Machine::new(BAYS as usize).unwrap();
     let race = Race {
@@ -71,7 +79,11 @@ fn memslots_come_and_go_while_vcpus_write(page_size: PageSize) {
             scope.spawn(move || {
                 let _busy = Busy(race);
                 let mut numbers = Numbers(0x5eed_0000 + bay);
-                for _ in 0..GUESTS {
+                // More of them where vCPUs are so slow that a guest is gone before anything was written.
+                for number in 0..20 * GUESTS {
+                    if number >= GUESTS && race.counts().iter().all(|count| *count > 0) {
+                        break;
+                    }
                     guest(race, bay, &mut numbers);
                 }
             });
@@ -79,8 +91,7 @@ fn memslots_come_and_go_while_vcpus_write(page_size: PageSize) {
         scope.spawn(|| witness(&race));
         run_vcpus(&race, &machine);
     });
-    let counts = [&race.written, &race.too_late, &race.refused];
-    let counts = counts.map(|count| count.load(Ordering::SeqCst));
+    let counts = race.counts();
     assert!(counts.iter().all(|count| *count > 0), "no race: {counts:?}");
     let all: Vec<_> = (0..BAYS).map(|bay| (place(bay), 2 * BLOCK_SIZE)).collect();
     assert_out_of_reach(&machine, &edges(&all));
