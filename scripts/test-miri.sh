@@ -21,4 +21,6 @@ tests=(
 )
 library=(--locked -p vm-scrub --lib --target-dir target/miri)
 timeout --kill-after=10 600 cargo +nightly miri test "${library[@]}" --no-run
-timeout --kill-after=10 900 cargo +nightly miri test "${library[@]}" -- "${tests[@]}"
+# The loops first: what they do with memory is what an interpreter is for.
+timeout --kill-after=10 600 cargo +nightly miri test "${library[@]}" -- "${tests[0]}"
+timeout --kill-after=10 900 cargo +nightly miri test "${library[@]}" -- "${tests[@]:1}"
