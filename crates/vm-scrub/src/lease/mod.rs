@@ -30,7 +30,7 @@ pub use retire::{Cancelled, Ticket};
 
 use crate::backing::{Backing, NotGranted, Window};
 use crate::pool::blocks::{Blocks, Leased, Taken};
-use crate::pool::{Extent, LeaseId, OwnedFile, PageSize, Pool, Shared, deal};
+use crate::pool::{Extent, LeaseId, Owned, OwnedFile, PageSize, Pool, Shared, deal};
 use crate::scrub::HostPtr;
 use crate::{BLOCK_SIZE, SysError};
 use handles::{Handle, Handles};
@@ -141,7 +141,7 @@ pub(crate) struct LeasedRegion {
 /// nobody ever got the memory's address) and no handle is left, the teardown happens then and there and is logged. In any
 /// other case, and during a panic, the blocks are quarantined; while a handle is alive the memory also stays mapped.
 pub struct Lease {
-    pool: Arc<Shared>,
+    pool: Arc<Owned>,
     id: LeaseId,
     guest: Option<String>,
     regions: Vec<LeasedRegion>,

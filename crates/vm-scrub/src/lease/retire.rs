@@ -140,7 +140,7 @@ impl Lease {
         let twice = is_file || pool.retain < bytes;
         let retired = Arc::new(Retired {
             lease,
-            pool: Arc::downgrade(&pool),
+            pool: pool.visit(),
             priority: AtomicU8::new(Priority::Normal as u8),
             cancelled: AtomicBool::new(false),
             active: AtomicUsize::new(0),

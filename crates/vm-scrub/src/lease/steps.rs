@@ -8,7 +8,7 @@ use crate::BLOCK_SIZE;
 use crate::SysError;
 use crate::backing::{BLOCK, Backing, Revocation, Revoked};
 use crate::pool::blocks::{Blocks, Dirty, Scrubbed, State, Verified};
-use crate::pool::{Extent, LeaseId, OwnedFile, Shared};
+use crate::pool::{Extent, LeaseId, Owned, OwnedFile, Shared};
 use crate::scrub::{
     Answers, Ask, Batches, Broken, Job, Residency, Verdict, Verify, Work, Zeroed, bytes_in,
     fresh_seed, joined, pieces, push_joined,
@@ -26,7 +26,7 @@ pub(super) const ASKED_AT_ONCE: usize = 256 << 20;
 #[derive(Debug)]
 pub(super) struct Steps<S: State> {
     pub(super) blocks: Blocks<S>,
-    pub(super) pool: Arc<Shared>,
+    pub(super) pool: Arc<Owned>,
     /// The memory, where it is shareable.
     pub(super) file: Option<Box<OwnedFile>>,
     started: Instant,
@@ -267,7 +267,7 @@ impl<S: State> Steps<S> {
 
     /// A job over everything that can hold data. It is the caller's to run it to its end before the blocks change hands.
     pub(super) fn job(&mut self, work: Work) -> Job {
-        let Shared { engine, verify, .. } = &*self.pool;
+        let Shared { engine, verify, .. } = &**self.pool;
         if !work.zeroes() {
             self.bytes_to_read = self.to_read.as_deref().map(sum);
         }
@@ -288,7 +288,7 @@ impl<S: State> Steps<S> {
 
     /// As [`job`](Self::job), over what the kernel will say of the `whole` when the work gets there.
     pub(super) fn job_asking(&mut self, whole: Vec<Range<usize>>, work: Work) -> Job {
-        let Shared { engine, verify, .. } = &*self.pool;
+        let Shared { engine, verify, .. } = &**self.pool;
         let arena = backing(&self.pool, self.file.as_deref()).arena();
         let ask: Box<Ask> = match self.file.as_deref().and_then(OwnedFile::get) {
             Some(file) => {
@@ -297,7 +297,7 @@ impl<S: State> Steps<S> {
             }
             None => {
                 // Whoever works on the job keeps the pool; the job must not, because the pool's queue keeps the job.
-                let pool = Arc::downgrade(&self.pool);
+                let pool = self.pool.visit();
                 Box::new(move |part| match pool.upgrade() {
                     Some(pool) => Ok(pool.backing.residency(part)?.populated),
                     None => Err(SysError {
@@ -315,7 +315,7 @@ impl<S: State> Steps<S> {
     }
 
     fn note_loops(&mut self, job: &Job, work: Work) {
-        let Shared { verify, .. } = &*self.pool;
+        let Shared { verify, .. } = &**self.pool;
         let choice = job.choice();
         if work.zeroes() {
             self.receipt.zero_loop = choice.zero_loop.name().to_owned();

@@ -93,7 +93,7 @@ impl std::fmt::Debug for Queue {
 #[derive(Debug)]
 pub(crate) struct Background {
     queue: Arc<Queue>,
-    thread: Option<JoinHandle<()>>,
+    thread: Mutex<Option<JoinHandle<()>>>,
 }
 
 impl Queue {
@@ -138,8 +138,6 @@ impl Queue {
         };
         let stop = || {
             self.stop.load(Ordering::Relaxed)
-                // Nobody else has the pool any more: this must not keep it.
-                || Arc::strong_count(&errand) == 1
                 || errand.is_wanted()
                 || self.chores().iter().any(|chore| chore.has_work())
         };
@@ -245,7 +243,7 @@ impl Background {
         let _ = ready.recv();
         Ok(Self {
             queue,
-            thread: Some(thread),
+            thread: Mutex::new(Some(thread)),
         })
     }
 
@@ -288,20 +286,32 @@ impl Background {
     }
 }
 
-impl Drop for Background {
-    fn drop(&mut self) {
+impl Background {
+    /// Ends the thread after the piece it is at, and returns when it has ended; at once if this is that thread.
+    pub(crate) fn end(&self) {
         {
             // Under the lock, so that the thread cannot miss it between looking and waiting.
             let _chores = self.queue.chores();
             self.queue.stop.store(true, Ordering::Relaxed);
         }
         self.queue.changed.notify_all();
-        if let Some(thread) = self.thread.take()
+        let thread = self
+            .thread
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .take();
+        if let Some(thread) = thread
             // The last owner of the pool may have been a chore, and then this is that thread.
             && thread.thread().id() != thread::current().id()
         {
-            // It stops after the piece it is at. What is left was owned by nobody but the queue.
+            // What is left was owned by nobody but the queue.
             let _ = thread.join();
         }
+    }
+}
+
+impl Drop for Background {
+    fn drop(&mut self) {
+        self.end();
     }
 }

@@ -6,13 +6,13 @@ use super::supply::Supply;
 use super::throttle::{Clock, SystemClock, Throttle};
 use super::withheld::WithheldSet;
 use super::{
-    Ledger, MOST_BLOCKS, OnProgress, PageSize, Pool, PoolError, Progress, ScrubRate, Shared,
+    Ledger, MOST_BLOCKS, OnProgress, Owned, PageSize, Pool, PoolError, Progress, ScrubRate, Shared,
 };
 use crate::BLOCK_SIZE;
 use crate::backing::{BLOCK, NotPrepared, RevokeBy, WindowSpace};
 use crate::scrub::{Engine, Policy, Workers};
 use crate::sys::map;
-use std::sync::{Arc, Weak};
+use std::sync::Arc;
 use std::time::Duration;
 
 /// How much address space, in bytes, windows of guests that are gone keep by default: 1 TiB of the 128 TiB that a process
@@ -329,7 +329,7 @@ impl PoolBuilder {
             },
             backing.revocation()
         );
-        let shared = Arc::new(Shared {
+        let shared = Owned::new(Shared {
             background,
             backing,
             ledger: Arc::new(Ledger::new(capacity / BLOCK_SIZE)),
@@ -345,8 +345,9 @@ impl PoolBuilder {
             check_on_grant: self.check_on_grant,
             on_progress: self.on_progress,
         });
-        let errand: Weak<Shared> = Arc::downgrade(&shared);
-        shared.background.entrust(errand);
-        Ok(Pool { shared })
+        shared.background.entrust(shared.visit());
+        Ok(Pool {
+            shared: Arc::new(shared),
+        })
     }
 }

@@ -1,6 +1,6 @@
 //! Memory that a pool lends to the kernel while a file of a shareable lease takes its place.
 
-use super::{Extent, LeaseId, Shared, Withheld};
+use super::{Extent, LeaseId, Owned, Shared, Withheld};
 use crate::backing::{BLOCK, Refilled, SharedFile};
 use crate::sys;
 use std::ops::Range;
@@ -44,7 +44,7 @@ fn bytes(extent: &Extent) -> Range<usize> {
 /// goes into quarantine for good: the kernel would otherwise get the guest's bytes.
 #[derive(Debug)]
 pub(crate) struct OwnedFile {
-    pool: Arc<Shared>,
+    pool: Arc<Owned>,
     about: Withheld,
     file: Option<SharedFile>,
 }
@@ -52,7 +52,7 @@ pub(crate) struct OwnedFile {
 impl OwnedFile {
     /// Takes `file` for a lease.
     pub(crate) fn new(
-        pool: &Arc<Shared>,
+        pool: &Arc<Owned>,
         lease: LeaseId,
         guest: Option<String>,
         file: SharedFile,

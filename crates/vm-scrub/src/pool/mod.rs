@@ -23,6 +23,7 @@ mod extents;
 mod ledger;
 mod lending;
 mod node;
+mod owned;
 mod page_size;
 mod progress;
 mod supply;
@@ -41,6 +42,7 @@ pub(crate) use extents::deal;
 pub use ledger::Accounts;
 pub(crate) use ledger::Ledger;
 pub(crate) use lending::OwnedFile;
+pub(crate) use owned::Owned;
 pub use page_size::{PageSize, UnknownPageSize};
 pub use progress::{LeaseId, Progress};
 pub use throttle::{Clock, ScrubRate};
@@ -57,10 +59,11 @@ use std::sync::Arc;
 /// Memory for guests: handed out zeroed, taken back dirty, scrubbed, verified, and handed out again.
 ///
 /// Cheap to clone; all clones are the same pool. Leases keep what they need of it alive, so the pool can be dropped first.
-/// When the last of them is gone the memory goes back to the kernel.
+/// When the last of them is dropped, the memory is back with the kernel as that returns; a lease that was retired lets go of it when it
+/// has been scrubbed, in the background.
 #[derive(Debug, Clone)]
 pub struct Pool {
-    pub(crate) shared: Arc<Shared>,
+    pub(crate) shared: Arc<Owned>,
 }
 
 /// Hears how far scrubbing is.
