@@ -97,7 +97,7 @@ fn end(arena: &Arena, lease: Lease, random: &mut Random) {
     let blocks = lease.blocks().to_vec();
     match random.below(16) {
         0 if arena.lose(&blocks) => drop(lease),
-        1 if arena.forget(&blocks) => std::mem::forget(lease),
+        1 if arena.forget(&blocks) => arena.strand(lease),
         2 if arena.lose(&blocks) => {
             let quiesced = quiesce(&lease);
             drop(lease.revoke(quiesced).unwrap());

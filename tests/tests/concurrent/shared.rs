@@ -5,7 +5,7 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use vm_memory::MmapRegion;
 use vm_scrub::lease::{Cancelled, Outcome, QuarantineReason, QuarantinedRange};
-use vm_scrub::{Extent, Pool, Priority, ScrubReceipt, Ticket};
+use vm_scrub::{Extent, Lease, Pool, Priority, ScrubReceipt, Ticket};
 use vm_scrub_tests::assert_adds_up;
 
 /// Blocks that all threads together may give up in a pool, so that there is something left to lease.
@@ -18,8 +18,10 @@ pub(crate) struct Arena {
     out: Vec<AtomicBool>,
     /// Blocks that may still be given up.
     to_lose: AtomicU64,
-    /// Blocks of leases that were forgotten.
+    /// Blocks of leases that nobody gives back.
     forgotten: AtomicU64,
+    /// Those leases. They end with the pool, whose memory would otherwise stay behind.
+    stranded: Mutex<Vec<Lease>>,
     /// Blocks that went into quarantine for good.
     lost: AtomicU64,
     leases: AtomicU64,
@@ -50,6 +52,7 @@ impl Arena {
             out: (0..blocks).map(|_| AtomicBool::new(false)).collect(),
             to_lose: AtomicU64::new(MAY_BE_LOST),
             forgotten: AtomicU64::new(0),
+            stranded: Mutex::default(),
             lost: AtomicU64::new(0),
             leases: AtomicU64::new(0),
             present: AtomicUsize::new(super::GUESTS),
@@ -109,13 +112,18 @@ impl Arena {
         may
     }
 
-    /// The same for a lease that is going to be forgotten.
+    /// The same for a lease that is never given back.
     pub(crate) fn forget(&self, blocks: &[Extent]) -> bool {
         let may = self.may_lose(count(blocks));
         if may {
             self.forgotten.fetch_add(count(blocks), Ordering::Relaxed);
         }
         may
+    }
+
+    /// Leaves a lease as it is, for as long as there are guests.
+    pub(crate) fn strand(&self, lease: Lease) {
+        self.stranded.lock().unwrap().push(lease);
     }
 
     /// Blocks that were forgotten, and blocks that were lost.

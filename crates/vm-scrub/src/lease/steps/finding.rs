@@ -1,0 +1,158 @@
+//! What there is to do: which pages of a lease can hold data, as the kernel says, at once or while the work goes on.
+
+use super::{Steps, nanos};
+use crate::backing::BLOCK;
+use crate::lease::Segment;
+use crate::lease::account::parts;
+use crate::lease::receipt::QuarantineReason;
+use crate::pool::OwnedFile;
+use crate::pool::blocks::Dirty;
+use crate::scrub::{Answers, Job, Residency, Work, bytes_in, joined, pieces, push_joined};
+use crate::{BLOCK_SIZE, SysError};
+use std::ops::Range;
+use std::time::Instant;
+
+/// How much memory the kernel is asked about in one go, in bytes: the answer takes it as long as waking a thread, or longer.
+pub(in crate::lease) const ASKED_AT_ONCE: usize = 256 << 20;
+
+impl Steps<Dirty> {
+    /// Asks the kernel which pages can hold data, about large leases from several threads. Where it does not say, the blocks
+    /// are quarantined.
+    pub(in crate::lease) fn find_populated(&mut self) {
+        let begun = Instant::now();
+        if self.file.is_some() {
+            self.find_populated_in_file();
+            self.receipt.steps.residency_ns = nanos(begun.elapsed());
+            return;
+        }
+        let mut populated = Vec::new();
+        let mut broken: Vec<Range<usize>> = Vec::new();
+        let mut answered = 0;
+        let mut answer = |residency: Residency| {
+            let held: usize = residency.populated.iter().map(Range::len).sum();
+            answered += held as u64 + residency.never_populated;
+            populated.extend(residency.populated);
+        };
+        let parts = self.parts_to_ask_about();
+        let backing = &self.pool.backing;
+        let ask = |part: usize| backing.residency(parts[part].clone());
+        let answers = self.pool.engine.workers().map(parts.len(), ask);
+        for (part, answered) in parts.iter().zip(answers) {
+            if let Ok(residency) = answered {
+                answer(residency);
+                continue;
+            }
+            // Once more, block by block: one page that the kernel cannot supply must not cost the whole guest's memory.
+            for one in pieces(std::slice::from_ref(part), BLOCK) {
+                let block = one.start as u64 / BLOCK_SIZE;
+                let whole = one.clone();
+                match self.pool.backing.residency(one) {
+                    Ok(residency) => answer(residency),
+                    Err(error) if self.unanswered(block, &error) => broken.push(whole),
+                    Err(_) => {}
+                }
+            }
+        }
+        self.answered = answered + bytes_in(broken.iter().cloned());
+        self.named = joined(self.named.drain(..).chain(broken));
+        populated.sort_by_key(|range| range.start);
+        self.populated = populated;
+        self.count_populated();
+        self.receipt.steps.residency_ns = nanos(begun.elapsed());
+    }
+
+    /// Quarantines a block about which the kernel did not say what is populated. Whether it said why: it is broken.
+    fn unanswered(&mut self, block: u64, error: &SysError) -> bool {
+        let broken = error.errno() == Some(libc::EHWPOISON);
+        let reason = if broken {
+            log::error!("block {block} quarantined: {error}");
+            QuarantineReason::MemoryError
+        } else {
+            log::error!("block {block} quarantined, residency unknown: {error}");
+            QuarantineReason::ResidencyUnknown
+        };
+        self.lost.insert(block, (reason, error.to_string()));
+        self.blocks.quarantine_blocks([block]);
+        broken
+    }
+
+    /// A job over everything that can hold data, which the kernel is asked about when the work gets there.
+    pub(in crate::lease) fn job_later(&mut self, work: Work) -> Job {
+        let whole = match self.file.as_deref().and_then(OwnedFile::get) {
+            Some(file) => whole_file(&self.segments, file.len()),
+            None => self.ranges_to_ask_about(),
+        };
+        self.job_asking(whole, work)
+    }
+
+    /// Takes down what the kernel has said while the [job](Self::job_later) was done.
+    pub(in crate::lease) fn take_answers(&mut self, answers: Answers) {
+        let is_file = self.file.is_some();
+        let mut each = answers.held.iter().copied();
+        self.held.clear();
+        let mut answered = 0;
+        for (_, part) in parts(&self.segments) {
+            let lost = self.lost.contains_key(&(part.start as u64 / BLOCK_SIZE));
+            // All of a file is asked about, but not what else is lost.
+            let held = if lost && !is_file {
+                0
+            } else {
+                each.next().unwrap_or(0)
+            };
+            self.held.push(held);
+            if !lost {
+                answered += part.len() as u64;
+            }
+        }
+        self.answered = answered;
+        self.bytes_held = answers.held.iter().copied().map(u64::from).sum();
+        self.receipt.steps.residency_ns = nanos(answers.time);
+        if is_file {
+            if let Some((_, error)) = answers.failed.first() {
+                self.answered = 0;
+                self.lose_rest(QuarantineReason::ResidencyUnknown, &error.to_string());
+            }
+            return;
+        }
+        for (part, error) in answers.failed {
+            let block = part.start as u64 / BLOCK_SIZE;
+            if self.unanswered(block, &error) {
+                self.named = joined(self.named.drain(..).chain([part]));
+            } else {
+                self.answered -= part.len() as u64;
+            }
+        }
+    }
+
+    /// The lease's memory in parts for one question each, without what is lost already.
+    fn parts_to_ask_about(&self) -> Vec<Range<usize>> {
+        pieces(&self.ranges_to_ask_about(), ASKED_AT_ONCE)
+    }
+
+    /// The lease's memory, in the order of its parts, without what is lost already.
+    fn ranges_to_ask_about(&self) -> Vec<Range<usize>> {
+        let mut there = Vec::new();
+        for (_, part) in parts(&self.segments) {
+            if !self.lost.contains_key(&(part.start as u64 / BLOCK_SIZE)) {
+                push_joined(&mut there, part);
+            }
+        }
+        there
+    }
+}
+
+/// All of a file of `len` bytes: first the parts of its segments in their order, then what is between and behind them.
+fn whole_file(segments: &[Segment], len: usize) -> Vec<Range<usize>> {
+    let mut whole: Vec<Range<usize>> = segments
+        .iter()
+        .map(|segment| segment.offset..segment.offset + segment.len)
+        .collect();
+    let mut at = 0;
+    for taken in joined(whole.iter().cloned()) {
+        whole.push(at..taken.start);
+        at = taken.end;
+    }
+    whole.push(at..len);
+    whole.retain(|range| !range.is_empty());
+    whole
+}
