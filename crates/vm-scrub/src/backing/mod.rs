@@ -8,12 +8,13 @@ mod anonymous;
 mod hugetlb;
 mod isolation;
 mod moving;
+mod remapping;
 mod shared;
 mod window;
 
 pub(crate) use anonymous::AnonymousArena;
-use anonymous::{move_pieces, remove_guards};
 pub(crate) use hugetlb::{HugetlbArena, HugetlbError};
+use remapping::{move_pieces, remove_guards};
 pub(crate) use shared::{SharedFile, is_still_shared};
 pub(crate) use window::{Window, WindowSpace};
 

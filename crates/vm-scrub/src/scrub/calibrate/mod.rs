@@ -5,10 +5,11 @@
 //! (reading back finds zeros in the cache only if the loop left them there). Once in a process, on the calling thread, for
 //! at most 50 ms. Who cannot wait for that has the same measured on a single page, in a third of a millisecond.
 
+mod measured;
 mod scratch;
 
-use super::plan::PIECE;
-use crate::arch::{VerifyLoop, ZeroLoop, flush_from_cache};
+use crate::arch::{VerifyLoop, ZeroLoop};
+use measured::{BEYOND_CACHES, IN_CACHE, Loops, Measured, SMALLEST, nearest, trials};
 use scratch::Scratch;
 use std::fmt;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -19,24 +20,8 @@ use std::time::{Duration, Instant};
 /// rest is for a thread that has to wait for its processor, and for giving the memory back.
 const BUDGET: Duration = Duration::from_millis(40);
 
-/// The shortest measurement: several hundred times what reading the clock takes.
-const SHORTEST: Duration = Duration::from_micros(20);
-
 /// How often each loop is measured at each size, if time allows; the fastest counts.
 const ROUNDS: usize = 5;
-
-/// The smallest size in bytes: a page, which a thread's stack has room for.
-const SMALLEST: usize = 4 << 10;
-
-/// Sizes in bytes that are worked on again and again: what fits into one or another cache stays there.
-const IN_CACHE: [usize; 5] = [SMALLEST, 32 << 10, 256 << 10, 2 << 20, 8 << 20];
-
-/// Stands for memory that no cache holds. So much need not be populated to measure it: a part of it will do, if its lines are
-/// flushed beforehand.
-const BEYOND_CACHES: usize = 64 << 20;
-
-/// That part, in bytes: long enough for the clock.
-const FLUSHED: usize = 2 << 20;
 
 /// So many bytes are worth a calibration to who scrubs them without a pool: zeroing and reading back takes milliseconds, most of
 /// it beyond the caches, where one page says least about the loops.
@@ -91,22 +76,6 @@ pub struct Rate {
 pub struct Calibration {
     measured: Vec<Measured>,
     took: Duration,
-}
-
-#[derive(Debug, Clone, Copy)]
-struct Measured {
-    bytes: usize,
-    loops: Loops,
-    /// Seconds for a byte; infinite if the time ran out before it was measured.
-    cost: f64,
-}
-
-/// An operation, and what carries it out.
-#[derive(Debug, Clone, Copy)]
-enum Loops {
-    Zero(ZeroLoop),
-    Verify(VerifyLoop),
-    ZeroAndVerify(ZeroLoop),
 }
 
 /// How often it is tried to measure more than a page, on a host that has no time for it.
@@ -351,251 +320,5 @@ pub(crate) fn read_back_from(zero_loop: ZeroLoop) -> u64 {
 #[repr(align(4096))]
 struct Page([u8; SMALLEST]);
 
-/// Everything that is to be tried, most important first, should the time run out: the smallest size, which stands in for all
-/// others, then guests' sizes. Reading comes before reading back. All loops take turns, so that whatever disturbs the machine
-/// disturbs all of them.
-fn trials() -> Vec<Measured> {
-    let verify = VerifyLoop::available().map(Loops::Verify);
-    let zero = ZeroLoop::available().map(Loops::Zero);
-    let both = ZeroLoop::available().map(Loops::ZeroAndVerify);
-    let loops: Vec<Loops> = verify.chain(zero).chain(both).collect();
-    let [smallest, larger @ ..] = IN_CACHE;
-    [smallest, BEYOND_CACHES]
-        .into_iter()
-        .chain(larger)
-        .flat_map(|bytes| {
-            loops.iter().map(move |loops| Measured {
-                bytes,
-                loops: *loops,
-                cost: f64::INFINITY,
-            })
-        })
-        .collect()
-}
-
-/// The measured size that stands for `bytes`: the nearest on a logarithmic scale.
-fn nearest(bytes: u64) -> usize {
-    let distance = |size: usize| ((size as f64).ln() - (bytes.max(1) as f64).ln()).abs();
-    IN_CACHE
-        .into_iter()
-        .chain([BEYOND_CACHES])
-        .min_by(|a, b| distance(*a).total_cmp(&distance(*b)))
-        .unwrap_or(BEYOND_CACHES)
-}
-
-impl Loops {
-    fn operation(self) -> Operation {
-        match self {
-            Loops::Zero(_) => Operation::Zero,
-            Loops::Verify(_) => Operation::Verify,
-            Loops::ZeroAndVerify(_) => Operation::ZeroAndVerify,
-        }
-    }
-
-    fn zero_loop(self) -> Option<ZeroLoop> {
-        match self {
-            Loops::Zero(zero_loop) | Loops::ZeroAndVerify(zero_loop) => Some(zero_loop),
-            Loops::Verify(_) => None,
-        }
-    }
-
-    fn name(self) -> &'static str {
-        match self {
-            Loops::Zero(zero_loop) | Loops::ZeroAndVerify(zero_loop) => zero_loop.name(),
-            Loops::Verify(verify_loop) => verify_loop.name(),
-        }
-    }
-}
-
-impl Measured {
-    fn rate(&self) -> Rate {
-        Rate {
-            operation: self.loops.operation(),
-            bytes: self.bytes as u64,
-            loop_name: self.loops.name().to_owned(),
-            bytes_per_second: (1.0 / self.cost) as u64,
-        }
-    }
-
-    /// How many bytes one pass works on.
-    fn span(&self) -> usize {
-        if self.bytes == BEYOND_CACHES {
-            FLUSHED
-        } else {
-            self.bytes
-        }
-    }
-
-    /// How long the next measurement may take: as long as the last one, or at the pace of the slowest memory.
-    fn expected(&self) -> Duration {
-        const SLOW: f64 = 1.0 / (4_u64 << 30) as f64;
-        let cost = if self.cost.is_finite() {
-            self.cost
-        } else {
-            SLOW
-        };
-        // A line takes as long to flush as to be zeroed, or less.
-        let passes = if self.bytes == BEYOND_CACHES { 2 } else { 1 };
-        Duration::from_secs_f64(f64::from(passes) * self.span() as f64 * cost).max(SHORTEST)
-    }
-
-    /// Seconds for a byte.
-    fn try_on(&self, memory: &mut [u8], verify_loop: VerifyLoop) -> f64 {
-        let memory = &mut memory[..self.span()];
-        let mut bytes = 0;
-        if self.bytes == BEYOND_CACHES {
-            // SAFETY: a slice is mapped.
-            unsafe { flush_from_cache(memory.as_mut_ptr(), memory.len()) };
-        }
-        let begun = Instant::now();
-        loop {
-            self.pass(memory, verify_loop);
-            bytes += self.span();
-            let elapsed = begun.elapsed();
-            if elapsed >= SHORTEST || self.bytes == BEYOND_CACHES {
-                return elapsed.as_secs_f64() / bytes as f64;
-            }
-        }
-    }
-
-    /// What the engine does to as much memory.
-    fn pass(&self, memory: &mut [u8], verify_loop: VerifyLoop) {
-        for piece in memory.chunks_mut(PIECE) {
-            let (at, len) = (piece.as_mut_ptr(), piece.len());
-            // SAFETY: an exclusively borrowed, initialised slice.
-            unsafe {
-                match self.loops {
-                    Loops::Zero(zero_loop) => zero_loop.zero(at, len),
-                    Loops::Verify(_) => {
-                        let _ = verify_loop.first_nonzero(at, len);
-                    }
-                    Loops::ZeroAndVerify(zero_loop) => {
-                        let _ = zero_loop.zero_and_verify(verify_loop, at, len);
-                    }
-                }
-            }
-        }
-    }
-}
-
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn measured(loops: Loops, bytes: usize, cost: f64) -> Measured {
-        Measured { bytes, loops, cost }
-    }
-
-    fn of(measured: Vec<Measured>) -> Calibration {
-        let took = Duration::ZERO;
-        Calibration { measured, took }
-    }
-
-    #[test]
-    fn the_cheapest_loop_of_the_nearest_size_is_chosen() {
-        let mut loops = ZeroLoop::available();
-        let mut readers = VerifyLoop::available();
-        let (Some(a), Some(b)) = (loops.next(), loops.next()) else {
-            return eprintln!("SKIPPED: this processor has one zeroing loop only");
-        };
-        let (Some(narrow), Some(wide)) = (readers.next(), readers.next()) else {
-            return eprintln!("SKIPPED: this processor has one verification loop only");
-        };
-        let calibration = of(vec![
-            measured(Loops::Zero(a), IN_CACHE[0], 1.0),
-            measured(Loops::Zero(b), IN_CACHE[0], 2.0),
-            measured(Loops::Zero(a), BEYOND_CACHES, 2.0),
-            measured(Loops::Zero(b), BEYOND_CACHES, 1.0),
-            measured(Loops::ZeroAndVerify(b), IN_CACHE[0], 1.0),
-            measured(Loops::ZeroAndVerify(a), BEYOND_CACHES, f64::INFINITY),
-            measured(Loops::Verify(narrow), IN_CACHE[0], 1.0),
-            measured(Loops::Verify(wide), IN_CACHE[0], 2.0),
-            measured(Loops::Verify(narrow), BEYOND_CACHES, 2.0),
-            measured(Loops::Verify(wide), BEYOND_CACHES, 1.0),
-        ]);
-        assert_eq!(calibration.fastest_zero(0), a);
-        assert_eq!(calibration.fastest_zero(4096), a);
-        assert_eq!(calibration.fastest_zero(u64::MAX), b);
-        assert_eq!(calibration.fastest_verify(1), narrow);
-        assert_eq!(calibration.fastest_verify(1 << 40), wide);
-        // The large size was not reached: the small one stands in. Its zeros are read from where they were left.
-        assert!(!b.is_streaming());
-        assert_eq!(calibration.fastest_zero_and_verify(u64::MAX), (b, narrow));
-        assert_eq!(calibration.rates().count(), 9);
-        assert_eq!(calibration.rates_for(Operation::Zero, 1 << 40).len(), 2);
-        let both = calibration.rates_for(Operation::ZeroAndVerify, 1 << 40);
-        assert_eq!((both.len(), both[0].loop_name.as_str()), (1, b.name()));
-    }
-
-    #[test]
-    fn nothing_measured_is_what_runs_everywhere_or_the_processors_word() {
-        let calibration = of(Vec::new());
-        assert_eq!(calibration.fastest_zero(1), ZeroLoop::best_guess());
-        assert_eq!(calibration.fastest_verify(1), VerifyLoop::portable());
-        let guess = (ZeroLoop::best_guess(), VerifyLoop::portable());
-        assert_eq!(calibration.fastest_zero_and_verify(1), guess);
-    }
-
-    #[test]
-    fn sizes_stand_for_their_neighbourhood() {
-        assert_eq!(nearest(0), IN_CACHE[0]);
-        assert_eq!(nearest(5000), IN_CACHE[0]);
-        assert_eq!(nearest(1 << 20), IN_CACHE[3]);
-        assert_eq!(nearest(16 << 20), IN_CACHE[4]);
-        assert_eq!(nearest(32 << 20), BEYOND_CACHES);
-        assert_eq!(nearest(u64::MAX), BEYOND_CACHES);
-    }
-
-    #[test]
-    fn a_size_at_which_not_every_loop_had_its_turn_does_not_decide() {
-        let (Some(a), Some(b)) = (
-            VerifyLoop::available().next(),
-            VerifyLoop::available().nth(1),
-        ) else {
-            return eprintln!("SKIPPED: this processor has one verification loop only");
-        };
-        let calibration = of(vec![
-            measured(Loops::Verify(a), SMALLEST, 2.0),
-            measured(Loops::Verify(b), SMALLEST, 1.0),
-            measured(Loops::Verify(a), BEYOND_CACHES, 1.0),
-            measured(Loops::Verify(b), BEYOND_CACHES, f64::INFINITY),
-        ]);
-        assert_eq!(calibration.fastest_verify(u64::MAX), b);
-    }
-
-    #[test]
-    fn without_any_time_nothing_is_called_measured() {
-        assert!(Calibration::measure(Duration::ZERO).is_none());
-    }
-
-    #[test]
-    fn one_page_is_measured_by_every_loop_and_stands_for_all_sizes() {
-        let calibration = Calibration::quick();
-        let loops = 2 * ZeroLoop::available().count() + VerifyLoop::available().count();
-        assert_eq!(calibration.rates().count(), loops);
-        assert!(
-            calibration
-                .rates()
-                .all(|rate| rate.bytes == SMALLEST as u64)
-        );
-        let rates = calibration.rates_for(Operation::Verify, u64::MAX);
-        assert_eq!(rates.len(), VerifyLoop::available().count());
-        let fastest = rates.iter().max_by_key(|rate| rate.bytes_per_second);
-        assert_eq!(
-            fastest.unwrap().loop_name,
-            calibration.fastest_verify(u64::MAX).name()
-        );
-    }
-
-    #[test]
-    fn this_host_is_measured_once() {
-        // A machine that is too busy is asked again.
-        while CALIBRATION.get().is_none() {
-            assert!(calibration().rates().count() > 0, "a page at least");
-        }
-        let first = calibration();
-        assert!(std::ptr::eq(first, calibration()));
-        assert!(std::ptr::eq(first, calibration_for(1)));
-        assert!(first.rates().all(|rate| rate.bytes_per_second > 0));
-    }
-}
+mod tests;

@@ -7,7 +7,7 @@
 use super::isolation::Isolation;
 use super::{
     BLOCK, Backing, NotGranted, NotPrepared, Refilled, Revocation, RevokeBy, Revoked, Window,
-    WindowSpace, keep_private, lock_again,
+    WindowSpace, keep_private, lock_again, move_pieces, remove_guards,
 };
 use crate::scrub::{HostPtr, Residency, Workers, get_ready};
 use crate::sys;
@@ -17,9 +17,6 @@ use crate::sys::numa;
 use std::io;
 use std::ops::Range;
 use std::time::Duration;
-
-/// The smallest piece, in bytes, that a move is split into: any host page size divides it or is this.
-const SMALLEST_MOVE: usize = 4096;
 
 /// All memory of a pool as one private anonymous mapping.
 #[derive(Debug)]
@@ -376,133 +373,5 @@ impl Drop for AnonymousArena {
     }
 }
 
-/// Makes guard pages, which a VMM may have put into its guest's memory, ordinary empty ones.
-///
-/// # Safety
-/// The range must be the caller's.
-pub(super) unsafe fn remove_guards(address: *mut u8, len: usize) -> sys::Result<()> {
-    // SAFETY: passed on to the caller.
-    match unsafe { map::advise(address, len, Advice::RemoveGuards) } {
-        // A kernel without guard pages has none to remove.
-        Err(error) if error.errno() != Some(libc::EINVAL) => Err(error),
-        _ => Ok(()),
-    }
-}
-
-/// Moves `len` bytes of pages, in halves where they are not one mapping. On failure it says how many bytes, from the start,
-/// were moved.
-///
-/// Before Linux 6.17 `mremap` moves within one mapping only. A VMM that has bound parts of its guest's memory to different
-/// nodes, for one, has made a border that nothing removes.
-///
-/// # Safety
-/// As for [`map::move_pages`]; and what is behind the source must be the caller's too.
-pub(super) unsafe fn move_pieces(
-    from: *mut u8,
-    to: *mut u8,
-    len: usize,
-) -> Result<(), (usize, sys::Error)> {
-    let mut moved = 0;
-    let mut piece = len;
-    while moved < len {
-        piece = piece.min(len - moved);
-        let at = from.wrapping_add(moved);
-        // SAFETY: each piece lies in the caller's ranges.
-        unsafe {
-            if piece > SMALLEST_MOVE && !map::is_one_mapping(at, piece).map_err(|e| (moved, e))? {
-                // Through a huge page only where there is a border within it: it would be cut.
-                let whole = if piece > BLOCK { BLOCK } else { SMALLEST_MOVE };
-                piece = (piece / 2).next_multiple_of(whole);
-                continue;
-            }
-            map::move_pages(at, to.wrapping_add(moved), piece).map_err(|error| (moved, error))?;
-        }
-        moved += piece;
-        // The rest may be one mapping again.
-        piece = len - moved;
-    }
-    Ok(())
-}
-
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::sys::fault;
-
-    fn fill(start: *mut u8, len: usize, byte: u8) {
-        // SAFETY: tests pass mapped, writable ranges of their own.
-        unsafe { start.write_bytes(byte, len) };
-    }
-
-    fn read(at: *mut u8) -> u8 {
-        // SAFETY: tests pass mapped, readable addresses of their own.
-        unsafe { at.read_volatile() }
-    }
-
-    #[test]
-    fn bytes_come_back_to_the_arena_and_the_window_is_closed() {
-        let arena = AnonymousArena::map(2 * BLOCK, false, None, false).unwrap();
-        let window = WindowSpace::new(0).open(BLOCK).unwrap();
-        let start = window.start().0;
-        // SAFETY: the range is free and the window closed; then it is granted and nobody refers to it.
-        unsafe {
-            arena.grant(BLOCK, start, BLOCK).unwrap();
-            fill(start, BLOCK, 0xa5);
-            assert_eq!(
-                read(arena.base.at(BLOCK)),
-                0,
-                "the arena still sees the guest's pages"
-            );
-            arena
-                .revoke(BLOCK, start, BLOCK, &Workers::caller())
-                .unwrap();
-        }
-        assert_eq!(read(arena.base.at(BLOCK)), 0xa5);
-        assert_eq!(read(arena.base.at(2 * BLOCK - 1)), 0xa5);
-        // SAFETY: the window is ours. That populating fails is how one sees that it is closed without touching it.
-        assert!(unsafe { map::populate(start, BLOCK) }.is_err());
-    }
-
-    #[test]
-    fn borders_that_the_vmm_made_do_not_stop_revocation() {
-        let arena = AnonymousArena::map(2 * BLOCK, true, None, false).unwrap();
-        let window = WindowSpace::new(0).open(2 * BLOCK).unwrap();
-        let start = window.start().0;
-        // SAFETY: as above; mprotect and madvise are applied to the window, which is ours.
-        unsafe {
-            arena.grant(0, start, 2 * BLOCK).unwrap();
-            fill(start, 2 * BLOCK, 0x5a);
-            let page = start.wrapping_add(BLOCK + 3 * 4096);
-            assert_eq!(libc::mprotect(page.cast(), 4096, libc::PROT_READ), 0);
-            map::advise(start, 8192, Advice::NoHugePage).unwrap();
-            arena
-                .revoke(0, start, 2 * BLOCK, &Workers::caller())
-                .unwrap();
-            assert_eq!(read(arena.base.at(BLOCK + 3 * 4096)), 0x5a);
-            // Writable everywhere again, or the scrubber would fault.
-            fill(arena.base.0, 2 * BLOCK, 0);
-        }
-    }
-
-    #[test]
-    fn each_step_that_fails_is_reported() {
-        let cases = [
-            (fault::Call::Mremap, 0, libc::ENOMEM),
-            (fault::Call::Mmap, 0, libc::ENOMEM),
-            (fault::Call::Mprotect, 0, libc::EACCES),
-        ];
-        for (call, skip, errno) in cases {
-            let arena = AnonymousArena::map(BLOCK, false, None, false).unwrap();
-            let window = WindowSpace::new(0).open(BLOCK).unwrap();
-            // SAFETY: the range is free and the window closed; then it is granted and nobody refers to it.
-            let error = unsafe {
-                arena.grant(0, window.start().0, BLOCK).unwrap();
-                let _fault = fault::inject(call, skip, 1, errno);
-                arena
-                    .revoke(0, window.start().0, BLOCK, &Workers::caller())
-                    .unwrap_err()
-            };
-            assert_eq!((error.call, error.errno()), (call, Some(errno)));
-        }
-    }
-}
+mod tests;
