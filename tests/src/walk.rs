@@ -4,7 +4,7 @@ use crate::maps::{has_pagemap_scan, has_uffdio_move};
 use std::collections::HashSet;
 use vm_scrub::lease::LeaseError;
 use vm_scrub::test_support::{Call, FaultGuard, inject};
-use vm_scrub::{BLOCK_SIZE, Lease, Pool, PoolBuilder};
+use vm_scrub::{BLOCK_SIZE, Lease, PageSize, Pool, PoolBuilder};
 
 use crate::{
     assert_adds_up, assert_all_zero, assert_nothing_dirty_left, first_nonzero, quiesce, regions,
@@ -22,6 +22,22 @@ const ERRNOS: [i32; 5] = [
     libc::EAGAIN,
     libc::EINVAL,
 ];
+
+/// Makes tests out of walks that take a [`PageSize`]: each in a process of its own, for which `pages` hugetlb pages are free if that is
+/// its size.
+#[macro_export]
+macro_rules! walks {
+    ($pages:expr; $($walk:ident: $($test:ident $size:ident),+;)+) => {$($(
+        #[test]
+        fn $test() {
+            let walk = || $walk(PageSize::$size);
+            match PageSize::$size {
+                PageSize::Huge2M => $crate::child::with_huge_pages(stringify!($test), $pages, walk),
+                _ => $crate::child::alone(stringify!($test), walk),
+            }
+        }
+    )+)+};
+}
 
 /// Calls `run` with every call, error, first occurrence and whether it is once or for good; it says whether the fault was met
 /// at all. Those that are met must be the `expected` ones: a call that is new wants a look at what its failure does.
@@ -106,6 +122,24 @@ pub fn neighbour(builder: PoolBuilder) -> (Pool, Lease) {
     }
     assert!(teardown(first).is_proven() && teardown(rest).is_proven());
     (pool, second)
+}
+
+/// The calls that a teardown makes for memory that is no file of its own.
+pub fn of_teardown(page_size: PageSize) -> &'static [Call] {
+    match page_size {
+        PageSize::Huge2M => &[Call::Mmap, Call::Populate],
+        _ => &[
+            Call::Mprotect,
+            Call::Madvise,
+            Call::Mremap,
+            Call::Munlock,
+            Call::UffdMove,
+            Call::Mmap,
+            Call::PagemapOpen,
+            Call::PagemapScan,
+            Call::PagemapRead,
+        ],
+    }
 }
 
 /// A guest's regions.

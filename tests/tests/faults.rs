@@ -6,9 +6,8 @@
 
 use vm_scrub::test_support::Call;
 use vm_scrub::{BLOCK_SIZE, PageSize, Pool, PoolBuilder, PoolError};
-use vm_scrub_tests::child::{alone, with_huge_pages};
-use vm_scrub_tests::walk::{self, BLOCKS, close_views, walk};
-use vm_scrub_tests::{assert_nothing_dirty_left, numa, pools};
+use vm_scrub_tests::walk::{self, BLOCKS, close_views, of_teardown, walk};
+use vm_scrub_tests::{assert_nothing_dirty_left, numa, pools, walks};
 
 fn builder(page_size: PageSize) -> PoolBuilder {
     pools::builder(page_size, BLOCKS)
@@ -101,24 +100,6 @@ fn a_guest_is_leased(page_size: PageSize) {
     }
 }
 
-/// The calls that a teardown makes.
-fn of_teardown(page_size: PageSize) -> &'static [Call] {
-    match page_size {
-        PageSize::Huge2M => &[Call::Mmap, Call::Populate],
-        _ => &[
-            Call::Mprotect,
-            Call::Madvise,
-            Call::Mremap,
-            Call::Munlock,
-            Call::UffdMove,
-            Call::Mmap,
-            Call::PagemapOpen,
-            Call::PagemapScan,
-            Call::PagemapRead,
-        ],
-    }
-}
-
 fn a_guest_is_torn_down(page_size: PageSize) {
     walk::a_guest_is_torn_down(of_teardown(page_size), || builder(page_size));
 }
@@ -127,28 +108,10 @@ fn a_guest_is_dropped(page_size: PageSize) {
     walk::a_guest_is_dropped(of_teardown(page_size), || builder(page_size));
 }
 
-macro_rules! walks {
-    ($($walk:ident: $base:ident $transparent:ident $huge:ident,)+) => {$(
-        #[test]
-        fn $base() {
-            alone(stringify!($base), || $walk(PageSize::Base4K));
-        }
-
-        #[test]
-        fn $transparent() {
-            alone(stringify!($transparent), || $walk(PageSize::Transparent));
-        }
-
-        #[test]
-        fn $huge() {
-            with_huge_pages(stringify!($huge), numa::huge_pages_for(BLOCKS), || $walk(PageSize::Huge2M));
-        }
-    )+};
-}
-
 walks! {
-    a_pool_is_built: build_4k build_thp build_2m,
-    a_guest_is_leased: lease_4k lease_thp lease_2m,
-    a_guest_is_torn_down: teardown_4k teardown_thp teardown_2m,
-    a_guest_is_dropped: drop_4k drop_thp drop_2m,
+    numa::huge_pages_for(BLOCKS);
+    a_pool_is_built: build_4k Base4K, build_thp Transparent, build_2m Huge2M;
+    a_guest_is_leased: lease_4k Base4K, lease_thp Transparent, lease_2m Huge2M;
+    a_guest_is_torn_down: teardown_4k Base4K, teardown_thp Transparent, teardown_2m Huge2M;
+    a_guest_is_dropped: drop_4k Base4K, drop_thp Transparent, drop_2m Huge2M;
 }

@@ -3,9 +3,8 @@
 
 use vm_scrub::test_support::{Call, inject};
 use vm_scrub::{PageSize, Policy, PoolBuilder, PoolError};
-use vm_scrub_tests::child::{alone, with_huge_pages};
-use vm_scrub_tests::pools;
-use vm_scrub_tests::walk::{self, BLOCKS};
+use vm_scrub_tests::walk::{self, BLOCKS, of_teardown};
+use vm_scrub_tests::{pools, walks};
 
 fn checked(page_size: PageSize) -> PoolBuilder {
     pools::builder(page_size, BLOCKS).check_on_grant(true)
@@ -30,21 +29,7 @@ fn locked_and_not_retained(page_size: PageSize) -> PoolBuilder {
 
 /// With these and those that `with` names besides.
 fn calls(page_size: PageSize, with: &[Call]) -> Vec<Call> {
-    let teardown: &[Call] = match page_size {
-        PageSize::Huge2M => &[Call::Mmap, Call::Populate],
-        _ => &[
-            Call::Mprotect,
-            Call::Madvise,
-            Call::Mremap,
-            Call::Munlock,
-            Call::UffdMove,
-            Call::Mmap,
-            Call::PagemapOpen,
-            Call::PagemapScan,
-            Call::PagemapRead,
-        ],
-    };
-    [teardown, with].concat()
+    [of_teardown(page_size), with].concat()
 }
 
 fn a_guest_is_leased_from_checked_memory(page_size: PageSize) {
@@ -104,30 +89,12 @@ fn a_guest_in_locked_memory_is_dropped(page_size: PageSize) {
     }
 }
 
-macro_rules! walks {
-    ($($walk:ident: $base:ident $transparent:ident $($huge:ident)?,)+) => {$(
-        #[test]
-        fn $base() {
-            alone(stringify!($base), || $walk(PageSize::Base4K));
-        }
-
-        #[test]
-        fn $transparent() {
-            alone(stringify!($transparent), || $walk(PageSize::Transparent));
-        }
-
-        $(#[test]
-        fn $huge() {
-            with_huge_pages(stringify!($huge), 2 * BLOCKS, || $walk(PageSize::Huge2M));
-        })?
-    )+};
-}
-
 walks! {
-    a_guest_is_leased_from_checked_memory: checked_lease_4k checked_lease_thp checked_lease_2m,
-    a_guest_in_checked_memory_is_torn_down: checked_teardown_4k checked_teardown_thp checked_teardown_2m,
-    a_pool_is_locked: lock_4k lock_thp,
-    a_guest_is_leased_from_locked_memory: locked_lease_4k locked_lease_thp,
-    a_guest_in_locked_memory_is_torn_down: locked_teardown_4k locked_teardown_thp,
-    a_guest_in_locked_memory_is_dropped: locked_drop_4k locked_drop_thp,
+    2 * BLOCKS;
+    a_guest_is_leased_from_checked_memory: checked_lease_4k Base4K, checked_lease_thp Transparent, checked_lease_2m Huge2M;
+    a_guest_in_checked_memory_is_torn_down: checked_teardown_4k Base4K, checked_teardown_thp Transparent, checked_teardown_2m Huge2M;
+    a_pool_is_locked: lock_4k Base4K, lock_thp Transparent;
+    a_guest_is_leased_from_locked_memory: locked_lease_4k Base4K, locked_lease_thp Transparent;
+    a_guest_in_locked_memory_is_torn_down: locked_teardown_4k Base4K, locked_teardown_thp Transparent;
+    a_guest_in_locked_memory_is_dropped: locked_drop_4k Base4K, locked_drop_thp Transparent;
 }

@@ -5,17 +5,12 @@ use std::collections::HashSet;
 use vm_scrub::lease::{LeaseError, QuarantineReason};
 use vm_scrub::test_support::{Call, inject};
 use vm_scrub::{BLOCK_SIZE, Lease, LeaseOptions, PageSize, Pool, ScrubRate};
-use vm_scrub_tests::child::{alone, with_huge_pages};
 use vm_scrub_tests::guest::fill_range;
-use vm_scrub_tests::walk::walk_calls;
+use vm_scrub_tests::walk::{BLOCKS, GUEST, walk_calls};
 use vm_scrub_tests::{
     PAGE, assert_adds_up, assert_all_zero, assert_nothing_dirty_left, first_nonzero, pools,
-    quiesce, regions, smear, teardown,
+    quiesce, regions, smear, teardown, walks,
 };
-
-/// Blocks of each pool.
-const BLOCKS: u64 = 6;
-const GUEST: [(u64, u64); 2] = [(0, 2 * BLOCK_SIZE), (9 * BLOCK_SIZE, 3 * BLOCK_SIZE)];
 
 /// Hugetlb pages for one walk. A window that cannot be closed keeps its file for as long as the process lives.
 const HUGE_PAGES: u64 = 2 * BLOCKS + 20 * 5;
@@ -255,23 +250,10 @@ fn a_busy_file_is_tried_a_few_times() {
     }
 }
 
-macro_rules! walks {
-    ($($walk:ident: $base:ident $huge:ident,)+) => {$(
-        #[test]
-        fn $base() {
-            alone(stringify!($base), || $walk(PageSize::Base4K));
-        }
-
-        #[test]
-        fn $huge() {
-            with_huge_pages(stringify!($huge), HUGE_PAGES, || $walk(PageSize::Huge2M));
-        }
-    )+};
-}
-
 walks! {
-    a_guest_is_leased: lease_4k lease_2m,
-    a_guest_is_torn_down: teardown_4k teardown_2m,
-    a_guest_is_dropped: drop_4k drop_2m,
-    a_guest_is_tried_again: again_4k again_2m,
+    HUGE_PAGES;
+    a_guest_is_leased: lease_4k Base4K, lease_2m Huge2M;
+    a_guest_is_torn_down: teardown_4k Base4K, teardown_2m Huge2M;
+    a_guest_is_dropped: drop_4k Base4K, drop_2m Huge2M;
+    a_guest_is_tried_again: again_4k Base4K, again_2m Huge2M;
 }
