@@ -78,7 +78,12 @@ fn is_made_a_test(source: &str, name: &str) -> bool {
     ];
     let mut lists = macros.iter().flat_map(|of| source.split(of).skip(1));
     let is_given = lists.any(|list| {
-        let end = list.find([';', '}']).unwrap_or(list.len());
+        let closed = if list.trim_start().starts_with('(') {
+            ");"
+        } else {
+            "\n}"
+        };
+        let end = list.find(closed).unwrap_or(list.len());
         list[..end]
             .split(|char| !is_of_a_name(char))
             .any(|word| word == name)
