@@ -109,12 +109,16 @@ fn one_page_is_measured_by_every_loop_and_stands_for_all_sizes() {
 
 #[test]
 fn this_host_is_measured_once() {
-    // A machine that is too busy is asked again.
-    while CALIBRATION.get().is_none() {
+    // A machine that is too busy is asked again, and not for ever. Other tests ask, too.
+    for _ in 0..=TRIES {
         assert!(calibration().rates().count() > 0, "a page at least");
     }
     let first = calibration();
     assert!(std::ptr::eq(first, calibration()));
     assert!(std::ptr::eq(first, calibration_for(1)));
+    if CALIBRATION.get().is_none() {
+        eprintln!("SKIPPED: this machine is too busy to be measured");
+        assert!(std::ptr::eq(first, quick_calibration()));
+    }
     assert!(first.rates().all(|rate| rate.bytes_per_second > 0));
 }
