@@ -3,11 +3,11 @@
 # SVM, once with nested paging and once with shadow paging. So a real kvm_amd is tested, whatever this host's KVM is, and the
 # ways round what older kernels do not have. Ends with a table; is a failure if a test failed, or a machine did not boot.
 #
-# usage: scripts/test-in-qemu.sh [--brief] [KERNEL...]
+# usage: scripts/test-in-qemu.sh [--brief | --ci] [KERNEL...]
 #
 # A kernel is a series of which Debian has packages; 6.1 and 6.12 if none is named. --brief leaves out the programs that take many
-# minutes in an emulator. VM_SCRUB_QEMU_TESTS may hold a pattern: only programs whose names match are run. Needs no KVM, no root, and
-# on the first run a network.
+# minutes in an emulator; --ci runs what scripts/lib/qemu-ci lists, on the kernels that are in it. VM_SCRUB_QEMU_TESTS may hold a
+# pattern: only programs whose names match are run. Needs no KVM, no root, and on the first run a network.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/lib/debian.sh
@@ -18,14 +18,24 @@ machine_limit=5400
 # Walks over everything and random sequences, which do again and again what shorter tests do once, and guests by the hundred.
 long='^(faults|faults_in_pairs|faults_with_options|shared_faults|shared_killed|concurrent|corpora|model|limits|kvm_racing|kvm_thousand_leases|kvm_generations|kvm_layouts)$'
 left_out=
-if [[ ${1-} == --brief ]]; then
-    shift
-    left_out=$long
-    program_limit=240
-    machine_limit=900
-fi
-kernels=("$@")
-[[ $# -gt 0 ]] || kernels=(6.1 6.12)
+list=
+kernels=(6.1 6.12)
+case ${1-} in
+    --brief)
+        shift
+        left_out=$long
+        program_limit=240
+        machine_limit=900
+        ;;
+    --ci)
+        shift
+        list=scripts/lib/qemu-ci
+        program_limit=120
+        machine_limit=240
+        mapfile -t kernels < <(grep -v '^#' "$list" | grep -oE '[0-9.]+-(nested|shadow)' | sed 's/-.*//' | sort -uV)
+        ;;
+esac
+[[ $# -eq 0 ]] || kernels=("$@")
 pagings=(nested shadow)
 target=x86_64-unknown-linux-musl
 out=target/qemu
@@ -36,12 +46,18 @@ for kernel in "${kernels[@]}"; do
 done
 rust_target "$target"
 
+# What to build of the tests: all, or what is in the list, in which the unit tests of a crate have its name.
+wanted=()
+if [[ $list ]]; then
+    mapfile -t wanted < <(sed -nE 's/^vm_scrub.*/--lib/p; s/^([a-z_0-9]+) .*/--test=\1/p' "$list" | sort -u)
+fi
+
 # The programs are linked statically, and so need nothing else in the machine.
 printf '\n== building the tests for %s\n' "$target"
 rm -rf "$out"
 mkdir -p "$out"
 cargo test --locked --no-run --profile emulated --target "$target" \
-    -p vm-scrub -p vm-scrub-vmm -p vm-scrub-tests 2>&1 | tee "$out/build.log"
+    -p vm-scrub -p vm-scrub-vmm -p vm-scrub-tests "${wanted[@]}" 2>&1 | tee "$out/build.log"
 declare -A programs
 while read -r path; do
     name=${path##*/}
@@ -50,9 +66,15 @@ done < <(sed -n 's/^ *Executable .*(\(.*\))$/\1/p' "$out/build.log")
 mapfile -t all < <(printf '%s\n' "${!programs[@]}" | grep -E "${VM_SCRUB_QEMU_TESTS:-.}" | sort)
 [[ ${#all[@]} -gt 0 ]] || die "no test program has such a name"
 
-# Which of them run in a machine: how KVM pages makes a difference to those with guests only.
+# tests_of KERNEL PAGING: which of them run in a machine. How KVM pages makes a difference to those with guests only.
 tests_of() {
-    case $1 in
+    if [[ $list ]]; then
+        printf '%s\n' "${all[@]}" | awk -v machine="$1-$2" '
+            NR == FNR { if ($0 !~ /^#/) for (i = 2; i <= NF; i++) if ($i == machine) here[$1]; next }
+            $1 in here' "$list" -
+        return
+    fi
+    case $2 in
         nested) printf '%s\n' "${all[@]}" ;;
         shadow) printf '%s\n' "${all[@]}" | sed -nE '/^(kvm_|vm_scrub_vmm$|guest_memory$|losing_memory$)/p' ;;
     esac
@@ -66,7 +88,7 @@ initramfs() {
     chmod +x "$dir/init"
     cp "$busybox" "$dir/busybox"
     echo "limit=$program_limit" >"$dir/limits"
-    tests_of "$2" >"$dir.tests"
+    tests_of "$1" "$2" >"$dir.tests"
     sed -E "/${left_out:-^$}/d" "$dir.tests" >"$dir/order"
     while read -r name; do
         cp "${programs[$name]}" "$dir/tests/$name"
@@ -98,13 +120,15 @@ boot() {
 machines=()
 for kernel in "${kernels[@]}"; do
     for paging in "${pagings[@]}"; do
+        [[ $(tests_of "$kernel" "$paging") ]] || continue
         machines+=("$kernel-$paging")
         initramfs "$kernel" "$paging"
     done
 done
+[[ ${#machines[@]} -gt 0 ]] || die "nothing to run on these kernels"
 printf '\n== running %s, for at most %s s each; the consoles are in %s\n' "${machines[*]}" "$machine_limit" "$out"
 # As many at a time as there are processors, and none is left behind.
-trap 'kill $(jobs -p) 2>/dev/null || true' EXIT
+trap 'kill $(jobs -p) 2>/dev/null || true; wait' EXIT
 for machine in "${machines[@]}"; do
     while [[ $(jobs -rp | wc -l) -ge $(nproc) ]]; do
         wait -n || true

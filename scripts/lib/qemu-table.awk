@@ -28,6 +28,8 @@ function read_machine(path, machine,    line, word, n, program, test) {
                 complain(machine, "KVM does not use the paging that was asked for")
             if (word[5] != "kvm")
                 complain(machine, "there is no /dev/kvm")
+            if (word[6] != "swap")
+                complain(machine, "there is no swap")
         } else if (match(line, /^@ begin /)) {
             program = substr(line, RLENGTH + 1)
             passed = failed = skipped = 0
