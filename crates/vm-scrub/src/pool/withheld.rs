@@ -10,7 +10,7 @@ use super::blocks::{self, Blocks};
 use super::{LeaseId, Ledger, Pool, Shared};
 use crate::backing::{Backing, Refilled, SharedFile, is_still_shared};
 use crate::scrub::{Job, Verdict, Work, fresh_seed};
-use crate::sync::atomic::{AtomicUsize, Ordering};
+use crate::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use crate::sync::{Condvar, Mutex, MutexGuard};
 use crate::sys;
 use std::ops::Range;
@@ -101,6 +101,8 @@ enum Slot {
 #[derive(Debug)]
 struct Entry {
     about: Mutex<(Withheld, Instant)>,
+    /// Whether the blocks are back, or about to be. Set before the books say so: what is not in quarantine is not listed.
+    back: AtomicBool,
     /// Locked to take them out and to put them back, never while memory is touched.
     slot: Mutex<Slot>,
     put_back: Condvar,
@@ -138,6 +140,15 @@ impl WithheldSet {
         lock(&self.entries).clone()
     }
 
+    /// What is in quarantine. An entry stays for a moment when its blocks are back, for those that wait for them.
+    fn listed(&self) -> Vec<Withheld> {
+        let entries = self.entries();
+        let held = entries
+            .iter()
+            .filter(|entry| !entry.back.load(Ordering::SeqCst));
+        held.map(|entry| lock(&entry.about).0.clone()).collect()
+    }
+
     /// Keeps a file for good whose blocks somebody else has quarantined.
     pub(crate) fn keep(&self, about: Withheld, file: SharedFile, ledger: &Arc<Ledger>) {
         let held = Held {
@@ -150,6 +161,7 @@ impl WithheldSet {
     fn add(&self, about: Withheld, held: Held) {
         lock(&self.entries).push(Arc::new(Entry {
             about: Mutex::new((about, Instant::now() + FIRST_RETRY)),
+            back: AtomicBool::new(false),
             slot: Mutex::new(Slot::Held(held)),
             put_back: Condvar::new(),
         }));
@@ -234,6 +246,7 @@ impl Entry {
                 0
             }
             Ok(proofs) => {
+                self.back.store(true, Ordering::SeqCst);
                 if let Some(held) = attempt.held.take() {
                     held.blocks.replaced(proofs);
                 }
@@ -349,6 +362,7 @@ impl Shared {
 
     /// How many bytes may come back by [`reclaim`](Self::reclaim).
     pub(crate) fn reclaimable(&self) -> u64 {
+        // Also what is about to be back: whoever asks for it waits for that.
         let entries = self.withheld.entries();
         let about = entries.iter().map(|entry| lock(&entry.about).0.clone());
         about
@@ -384,11 +398,7 @@ impl Pool {
     /// Memory of shareable leases that is in quarantine, and why: because another process has not let go of it, most likely.
     /// It is part of [`Accounts::quarantined`](super::Accounts::quarantined).
     pub fn withheld(&self) -> Vec<Withheld> {
-        let entries = self.shared.withheld.entries();
-        entries
-            .iter()
-            .map(|entry| lock(&entry.about).0.clone())
-            .collect()
+        self.shared.withheld.listed()
     }
 
     /// Tries now to get back what [`Pool::withheld`] lists, with all threads, and returns how many bytes can be leased again.
@@ -414,6 +424,7 @@ mod tests {
         // Not in the pool's list, where the background would find it.
         let entry = Arc::new(Entry {
             about: Mutex::new((about, Instant::now())),
+            back: AtomicBool::new(false),
             slot: Mutex::new(Slot::Held(Held {
                 remains: Remains::File(file),
                 blocks: Blocks::none(&pool.shared.ledger),
@@ -440,6 +451,23 @@ mod tests {
         assert_eq!((bytes, jobs), (crate::BLOCK_SIZE, 2));
         assert!(matches!(&*lock(&entry.slot), Slot::Empty));
         assert_eq!(entry.due(), None);
+    }
+
+    /// Whoever sees in the accounts that nothing is in quarantine any more finds nothing listed.
+    #[test]
+    fn what_is_back_is_not_listed() {
+        let (pool, entry) = pool_with_file();
+        // Not before this test is over, in the background.
+        lock(&entry.about).1 += Duration::from_secs(3600);
+        lock(&pool.shared.withheld.entries).push(Arc::clone(&entry));
+        assert_eq!(pool.withheld().len(), 1);
+        let mut all = |job: &Job| job.work(|_| true, None);
+        assert_eq!(
+            entry.try_again(&pool.shared, None, &mut all),
+            crate::BLOCK_SIZE
+        );
+        assert_eq!(lock(&pool.shared.withheld.entries).len(), 1);
+        assert_eq!(pool.withheld(), []);
     }
 
     #[test]
