@@ -39,21 +39,26 @@ pub(crate) fn private(len: u64, pages: Pages) -> Result<File> {
 /// Makes an anonymous file of `len` bytes to be shared with other processes: it neither shrinks nor grows, so that nobody who
 /// has mapped it loses memory, and other seals can be added.
 pub(crate) fn shareable(len: u64, pages: Pages) -> Result<File> {
-    let flags = libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING;
-    let noexec = !NO_NOEXEC_SEAL.load(Ordering::Relaxed);
-    let noexec_flag = if noexec { MFD_NOEXEC_SEAL } else { 0 };
-    let name = c"vm-scrub-shared";
-    let file = match create(name, flags | noexec_flag, pages) {
-        Err(error) if noexec && error.errno() == Some(libc::EINVAL) => {
-            let file = create(name, flags, pages)?;
-            NO_NOEXEC_SEAL.store(true, Ordering::Relaxed);
-            file
-        }
-        result => result?,
-    };
+    let file = sealable(pages, &NO_NOEXEC_SEAL)?;
     set_len(&file, len)?;
     add_seals(&file, libc::F_SEAL_SHRINK | libc::F_SEAL_GROW)?;
     Ok(file)
+}
+
+/// An empty file that takes seals, and cannot be executed unless the kernel has `no_noexec_seal`.
+fn sealable(pages: Pages, no_noexec_seal: &AtomicBool) -> Result<File> {
+    let flags = libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING;
+    let noexec = !no_noexec_seal.load(Ordering::Relaxed);
+    let noexec_flag = if noexec { MFD_NOEXEC_SEAL } else { 0 };
+    let name = c"vm-scrub-shared";
+    match create(name, flags | noexec_flag, pages) {
+        Err(error) if noexec && error.errno() == Some(libc::EINVAL) => {
+            let file = create(name, flags, pages)?;
+            no_noexec_seal.store(true, Ordering::Relaxed);
+            Ok(file)
+        }
+        result => result,
+    }
 }
 
 /// By what a file is known to the kernel, whatever its descriptor's number.
@@ -195,14 +200,25 @@ mod tests {
 
     #[test]
     fn a_kernel_without_noexec_seals_gets_a_file_without() {
+        // Its own: on a kernel that has none, other tests have found that out.
+        let missing = AtomicBool::new(false);
         let fault = fault::inject(Call::MemfdCreate, 0, 1, libc::EINVAL);
-        let file = shareable(4096, Pages::Base);
-        assert_eq!(fault.hits(), 1);
+        let file = sealable(Pages::Base, &missing).unwrap();
+        assert_eq!((fault.hits(), missing.load(Ordering::Relaxed)), (1, true));
         drop(fault);
-        NO_NOEXEC_SEAL.store(false, Ordering::Relaxed);
+        add_seals(&file, libc::F_SEAL_SHRINK).unwrap();
         // SAFETY: fcntl on a descriptor we own, with a command without an argument.
-        let seals = unsafe { libc::fcntl(file.unwrap().as_raw_fd(), libc::F_GET_SEALS) };
-        assert_eq!(seals, libc::F_SEAL_SHRINK | libc::F_SEAL_GROW);
+        let seals = unsafe { libc::fcntl(file.as_raw_fd(), libc::F_GET_SEALS) };
+        assert_eq!(
+            seals,
+            libc::F_SEAL_SHRINK,
+            "it is not sealed against execution"
+        );
+
+        // Asked once: what is invalid now is something else.
+        let fault = fault::inject(Call::MemfdCreate, 0, 1, libc::EINVAL);
+        let error = sealable(Pages::Base, &missing).unwrap_err();
+        assert_eq!((fault.hits(), error.errno()), (1, Some(libc::EINVAL)));
     }
 
     #[test]
