@@ -259,7 +259,9 @@ mod tests {
     use proptest::prelude::*;
 
     fn pages() -> impl Strategy<Value = Vec<Range<usize>>> {
-        prop::collection::vec((0..90_usize, 0..200_usize), 0..40).prop_map(|gaps_and_runs| {
+        // An interpreter takes a second for each.
+        let most = if cfg!(miri) { 6 } else { 40 };
+        prop::collection::vec((0..90_usize, 0..200_usize), 0..most).prop_map(|gaps_and_runs| {
             let mut at = 0;
             gaps_and_runs
                 .into_iter()
