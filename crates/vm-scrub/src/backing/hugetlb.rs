@@ -11,7 +11,7 @@ use super::{
     Backing, NotGranted, NotPrepared, Refilled, Revocation, RevokeBy, Revoked, Window, WindowSpace,
     keep_private,
 };
-use crate::scrub::{HostPtr, Residency, Workers};
+use crate::scrub::{HostPtr, Residency};
 use crate::sys::map::Advice;
 use crate::sys::memfd::{self, Identity, Pages};
 use crate::sys::{self, hugetlb, map, numa};
@@ -120,13 +120,7 @@ impl Backing for HugetlbArena {
         })
     }
 
-    unsafe fn revoke(
-        &self,
-        _offset: usize,
-        window: *mut u8,
-        len: usize,
-        _workers: &Workers,
-    ) -> sys::Result<Revoked> {
+    unsafe fn revoke(&self, _offset: usize, window: *mut u8, len: usize) -> sys::Result<Revoked> {
         // SAFETY: the caller says that the window is this range's and that nobody holds references into it.
         unsafe { map::make_inaccessible(window, len) }?;
         Ok(Revoked::whole(Revocation::ViewReplaced))

@@ -11,7 +11,7 @@
 
 use super::moving::Round;
 use super::{Revocation, Revoked, Window, WindowSpace, lock_again, move_pieces, remove_guards};
-use crate::scrub::{HostPtr, Workers, pagemap};
+use crate::scrub::{HostPtr, pagemap};
 use crate::sys::userfaultfd::Userfaultfd;
 use crate::sys::{self, map, mlock};
 use std::ops::Range;
@@ -96,15 +96,10 @@ impl Isolation {
     ///
     /// # Safety
     /// `[offset, offset + len)` must have been staged, and nobody may hold a Rust reference into it.
-    pub(super) unsafe fn bring_home(
-        &self,
-        offset: usize,
-        len: usize,
-        workers: &Workers,
-    ) -> sys::Result<Revoked> {
+    pub(super) unsafe fn bring_home(&self, offset: usize, len: usize) -> sys::Result<Revoked> {
         let range = offset..offset + len;
         // SAFETY: passed on to the caller.
-        let brought = unsafe { self.bring(range.clone(), workers) };
+        let brought = unsafe { self.bring(range.clone()) };
         let kept: &[Range<usize>] = match &brought {
             Ok(revoked) => &revoked.pinned,
             Err(_) => std::slice::from_ref(&range),
@@ -116,7 +111,7 @@ impl Isolation {
 
     /// # Safety
     /// As for [`Isolation::bring_home`].
-    unsafe fn bring(&self, range: Range<usize>, workers: &Workers) -> sys::Result<Revoked> {
+    unsafe fn bring(&self, range: Range<usize>) -> sys::Result<Revoked> {
         let mut by = Revocation::Move;
         let mut deadline = None;
         // SAFETY: passed on to the caller; nothing has been moved yet.
@@ -134,7 +129,7 @@ impl Isolation {
                 return Ok(Revoked::whole(by));
             }
             // SAFETY: passed on to the caller; what the round found is in the lock, so its place in the arena is empty.
-            unsafe { round.go(self, workers) };
+            unsafe { round.go(self) };
             let mut left = Round::look(self, range.clone())?;
             let unproven = left.forget(round.unproven());
             if !unproven.is_empty() {

@@ -19,7 +19,7 @@ pub(crate) use shared::{SharedFile, is_still_shared};
 pub(crate) use window::{Window, WindowSpace};
 
 use crate::BLOCK_SIZE;
-use crate::scrub::{HostPtr, Residency, Workers};
+use crate::scrub::{HostPtr, Residency};
 use crate::sys::{self, map, mlock};
 use std::fmt::Debug;
 use std::ops::Range;
@@ -149,13 +149,7 @@ pub(crate) trait Backing: Debug + Send + Sync {
     ///
     /// # Safety
     /// The range must have been granted at `window`, and nobody may hold a Rust reference into it.
-    unsafe fn revoke(
-        &self,
-        offset: usize,
-        window: *mut u8,
-        len: usize,
-        workers: &Workers,
-    ) -> sys::Result<Revoked>;
+    unsafe fn revoke(&self, offset: usize, window: *mut u8, len: usize) -> sys::Result<Revoked>;
 
     /// Which pages of `range` can hold data. Everything that is not known to be empty counts.
     fn residency(&self, range: Range<usize>) -> sys::Result<Residency>;

@@ -9,7 +9,7 @@ use super::{
     Backing, NotGranted, NotPrepared, Revocation, RevokeBy, Revoked, Window, WindowSpace,
     keep_private,
 };
-use crate::scrub::{HostPtr, Residency, Workers, push_joined};
+use crate::scrub::{HostPtr, Residency, push_joined};
 use crate::sys::memfd::{self, Identity, Pages};
 use crate::sys::{self, Call, map, mlock, numa};
 use std::fs::File;
@@ -303,13 +303,7 @@ impl Backing for SharedFile {
         Ok(())
     }
 
-    unsafe fn revoke(
-        &self,
-        _offset: usize,
-        window: *mut u8,
-        len: usize,
-        _workers: &Workers,
-    ) -> sys::Result<Revoked> {
+    unsafe fn revoke(&self, _offset: usize, window: *mut u8, len: usize) -> sys::Result<Revoked> {
         // SAFETY: the caller says that the window is this range's and that nobody holds references into it.
         unsafe { map::make_inaccessible(window, len) }?;
         let mut revoked = Revoked::whole(Revocation::ViewReplaced);
@@ -400,11 +394,7 @@ mod tests {
             "{refused}"
         );
         // SAFETY: as above.
-        unsafe {
-            shared
-                .revoke(0, window.start().0, BLOCK, &Workers::caller())
-                .unwrap()
-        };
+        unsafe { shared.revoke(0, window.start().0, BLOCK).unwrap() };
         shared.seal().unwrap();
     }
 }

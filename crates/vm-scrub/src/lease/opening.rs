@@ -180,14 +180,7 @@ pub(super) fn close_unseen(
     let mut lost: Vec<u64> = stuck.collect();
     for segment in &leased.segments {
         // SAFETY: granted to this window, whose address has not left this module.
-        let revoked = unsafe {
-            backing.revoke(
-                segment.offset,
-                segment.window.0,
-                segment.len,
-                shared.engine.workers(),
-            )
-        };
+        let revoked = unsafe { backing.revoke(segment.offset, segment.window.0, segment.len) };
         match revoked {
             // What nobody has seen nobody can have pinned; if so, it is lost with its block.
             Ok(revoked) => {

@@ -9,7 +9,7 @@ use super::{
     BLOCK, Backing, NotGranted, NotPrepared, Refilled, Revocation, RevokeBy, Revoked, Window,
     WindowSpace, keep_private, lock_again, move_pieces, remove_guards,
 };
-use crate::scrub::{HostPtr, Residency, Workers, get_ready};
+use crate::scrub::{HostPtr, Residency, get_ready};
 use crate::sys;
 use crate::sys::map::{self, Advice};
 use crate::sys::mlock;
@@ -205,7 +205,6 @@ impl AnonymousArena {
         offset: usize,
         window: *mut u8,
         len: usize,
-        workers: &Workers,
     ) -> sys::Result<Revoked> {
         // SAFETY: the caller says that the range was granted at `window`, so the arena's own range is empty and ours, and
         // nobody holds references.
@@ -216,7 +215,7 @@ impl AnonymousArena {
                 Some(isolation) if isolation.stage(offset, window, len)? => {
                     // What a stray access reaches now is fresh, and goes with the window.
                     let closed = map::make_inaccessible(window, len);
-                    let home = isolation.bring_home(offset, len, workers)?;
+                    let home = isolation.bring_home(offset, len)?;
                     closed.map(|()| home)
                 }
                 _ => self.take_back(offset, window, len),
@@ -282,16 +281,10 @@ impl Backing for AnonymousArena {
         }
     }
 
-    unsafe fn revoke(
-        &self,
-        offset: usize,
-        window: *mut u8,
-        len: usize,
-        workers: &Workers,
-    ) -> sys::Result<Revoked> {
+    unsafe fn revoke(&self, offset: usize, window: *mut u8, len: usize) -> sys::Result<Revoked> {
         if !self.locked {
             // SAFETY: passed on to the caller.
-            return unsafe { self.bring_home(offset, window, len, workers) };
+            return unsafe { self.bring_home(offset, window, len) };
         }
         let range = offset..offset + len;
         // SAFETY: as in `bring_home`; unlocked, the bytes stay where they are. The arena's own range is empty and not locked,
@@ -299,7 +292,7 @@ impl Backing for AnonymousArena {
         unsafe {
             let unlocked =
                 mlock::unlock(window, len).and_then(|()| mlock::unlock(self.base.at(offset), len));
-            let mut brought = unlocked.and_then(|()| self.bring_home(offset, window, len, workers));
+            let mut brought = unlocked.and_then(|()| self.bring_home(offset, window, len));
             // Where pages are is known only of what was revoked. The rest is quarantined, and locked wherever it may be.
             if brought.is_err() {
                 lock_again(window, len);

@@ -27,9 +27,7 @@ fn bytes_come_back_to_the_arena_and_the_window_is_closed() {
             0,
             "the arena still sees the guest's pages"
         );
-        arena
-            .revoke(BLOCK, start, BLOCK, &Workers::caller())
-            .unwrap();
+        arena.revoke(BLOCK, start, BLOCK).unwrap();
     }
     assert_eq!(read(arena.base.at(BLOCK)), 0xa5);
     assert_eq!(read(arena.base.at(2 * BLOCK - 1)), 0xa5);
@@ -49,9 +47,7 @@ fn borders_that_the_vmm_made_do_not_stop_revocation() {
         let page = start.wrapping_add(BLOCK + 3 * 4096);
         assert_eq!(libc::mprotect(page.cast(), 4096, libc::PROT_READ), 0);
         map::advise(start, 8192, Advice::NoHugePage).unwrap();
-        arena
-            .revoke(0, start, 2 * BLOCK, &Workers::caller())
-            .unwrap();
+        arena.revoke(0, start, 2 * BLOCK).unwrap();
         assert_eq!(read(arena.base.at(BLOCK + 3 * 4096)), 0x5a);
         // Writable everywhere again, or the scrubber would fault.
         fill(arena.base.0, 2 * BLOCK, 0);
@@ -72,9 +68,7 @@ fn each_step_that_fails_is_reported() {
         let error = unsafe {
             arena.grant(0, window.start().0, BLOCK).unwrap();
             let _fault = fault::inject(call, skip, 1, errno);
-            arena
-                .revoke(0, window.start().0, BLOCK, &Workers::caller())
-                .unwrap_err()
+            arena.revoke(0, window.start().0, BLOCK).unwrap_err()
         };
         assert_eq!((error.call, error.errno()), (call, Some(errno)));
     }

@@ -58,14 +58,7 @@ pub(in crate::lease) fn take_away_unasked(
         for segment in region.segments {
             // SAFETY: the segment was granted at this address when the lease was made. No handle is left and the guest
             // is quiesced, so nobody holds a reference; a stray pointer is what revocation is for.
-            match unsafe {
-                backing.revoke(
-                    segment.offset,
-                    segment.window.0,
-                    segment.len,
-                    pool.engine.workers(),
-                )
-            } {
+            match unsafe { backing.revoke(segment.offset, segment.window.0, segment.len) } {
                 Ok(revoked) => {
                     if revoked.by == Revocation::Mremap {
                         by = Revocation::Mremap;
