@@ -11,8 +11,9 @@ const SHORTEST: Duration = Duration::from_micros(20);
 /// The smallest size in bytes: a page, which a thread's stack has room for.
 pub(super) const SMALLEST: usize = 4 << 10;
 
-/// Sizes in bytes that are worked on again and again: what fits into one or another cache stays there.
-pub(super) const IN_CACHE: [usize; 5] = [SMALLEST, 32 << 10, 256 << 10, 2 << 20, 8 << 20];
+/// Sizes in bytes that are worked on again and again: what fits into one or another cache stays there. Second-level caches have 1 or
+/// 2 MiB; the last size is beyond those, and small enough for every loop to have its turns in time.
+pub(super) const IN_CACHE: [usize; 5] = [SMALLEST, 32 << 10, 256 << 10, 1 << 20, 4 << 20];
 
 /// Stands for memory that no cache holds. So much need not be populated to measure it: a part of it will do, if its lines are
 /// flushed beforehand.
@@ -120,9 +121,8 @@ impl Measured {
         } else {
             SLOW
         };
-        // A line takes as long to flush as to be zeroed, or less.
-        let passes = if self.bytes == BEYOND_CACHES { 2 } else { 1 };
-        Duration::from_secs_f64(f64::from(passes) * self.span() as f64 * cost).max(SHORTEST)
+        // A line takes as long to flush as to be zeroed, or less; else there is one pass before those that count.
+        Duration::from_secs_f64(2.0 * self.span() as f64 * cost).max(SHORTEST)
     }
 
     /// Seconds for a byte.
@@ -132,6 +132,9 @@ impl Measured {
         if self.bytes == BEYOND_CACHES {
             // SAFETY: a slice is mapped.
             unsafe { flush_from_cache(memory.as_mut_ptr(), memory.len()) };
+        } else {
+            // What the loop before has left in the caches, or thrown out of them, is not to its credit.
+            self.pass(memory, verify_loop);
         }
         let begun = Instant::now();
         loop {

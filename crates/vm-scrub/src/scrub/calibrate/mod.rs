@@ -61,7 +61,7 @@ impl fmt::Display for Operation {
 pub struct Rate {
     /// What was done.
     pub operation: Operation,
-    /// To how many bytes: those up to 8 MiB again and again, so that a cache holds what it can; 64 MiB stands for memory
+    /// To how many bytes: those up to 4 MiB again and again, so that a cache holds what it can; 64 MiB stands for memory
     /// that no cache holds.
     pub bytes: u64,
     /// The name of the loop: the zeroing one, if both kinds were used.

@@ -61,7 +61,7 @@ fn sizes_stand_for_their_neighbourhood() {
     assert_eq!(nearest(0), IN_CACHE[0]);
     assert_eq!(nearest(5000), IN_CACHE[0]);
     assert_eq!(nearest(1 << 20), IN_CACHE[3]);
-    assert_eq!(nearest(16 << 20), IN_CACHE[4]);
+    assert_eq!(nearest(8 << 20), IN_CACHE[4]);
     assert_eq!(nearest(32 << 20), BEYOND_CACHES);
     assert_eq!(nearest(u64::MAX), BEYOND_CACHES);
 }
