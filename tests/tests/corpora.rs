@@ -1,5 +1,5 @@
 //! The inputs that fuzzing has kept, replayed, and some new ones: what fuzzing has found once is found again, and a target that
-//! breaks is noticed, without a nightly compiler.
+//! breaks is noticed, without libFuzzer.
 //!
 //! Each target runs in a process of its own, because faults make the library remember, for the whole process, what the
 //! kernel cannot do.

@@ -1,7 +1,7 @@
 //! What fuzzing runs: one function for each target, from any bytes to a panic or none.
 //!
-//! They are here, and not with the targets, so that the kept corpora are also replayed by `cargo test`, which needs neither a
-//! nightly compiler nor libFuzzer.
+//! They are here, and not with the targets, so that the kept corpora are also replayed by `cargo test`, which needs no
+//! libFuzzer.
 
 mod loops;
 mod pool;
