@@ -4,9 +4,9 @@
 # toolchain with Miri if there is none, for which it needs a network.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+source scripts/lib/nightly.sh
 
-cargo +nightly miri --version >/dev/null 2>&1 ||
-    rustup toolchain install nightly --profile minimal --component miri --component rust-src
+nightly miri rust-src
 # Property tests keep failures in files; few cases, because an interpreter is slow.
 export MIRIFLAGS='-Zmiri-strict-provenance -Zmiri-disable-isolation' PROPTEST_CASES=2
 # By module where all tests qualify. The rest of a module makes system calls that Miri does not know, or measures.

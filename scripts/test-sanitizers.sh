@@ -4,9 +4,9 @@
 # none, for which it needs a network.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+source scripts/lib/nightly.sh
 
-rustc +nightly --version >/dev/null 2>&1 && [[ -d $(rustc +nightly --print sysroot)/lib/rustlib/src/rust/library ]] ||
-    rustup toolchain install nightly --profile minimal --component rust-src
+nightly rust-src
 target=$(uname -m)-unknown-linux-gnu
 
 # What runs under neither: KVM guests are not instrumented, and the others meet the sanitizer's own memory and system calls.
