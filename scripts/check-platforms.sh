@@ -4,6 +4,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/lib/debian.sh
+source scripts/lib/emulated.sh
 
 step() {
     printf '\n== %s\n' "$*"
@@ -16,12 +17,10 @@ export CC_x86_64_unknown_linux_musl=cc
 export CC_aarch64_unknown_linux_gnu=aarch64-linux-gnu-gcc
 export CC_aarch64_unknown_linux_musl=aarch64-linux-gnu-gcc
 
-for target in x86_64-unknown-linux-musl aarch64-unknown-linux-gnu aarch64-unknown-linux-musl; do
-    rust_target "$target"
-    step cargo clippy --locked --workspace --all-targets --target "$target" -- -D warnings
+for platform in x86_64-unknown-linux-musl aarch64-unknown-linux-gnu aarch64-unknown-linux-musl; do
+    rust_target "$platform"
+    step cargo clippy --locked --workspace --all-targets --target "$platform" -- -D warnings
 done
-target=x86_64-unknown-linux-musl
-step cargo build --locked --workspace --profile emulated --target "$target"
-# The same packages as in scripts/test-in-qemu.sh, which so finds them built.
-step cargo test --locked --profile emulated --target "$target" -p vm-scrub -p vm-scrub-vmm -p vm-scrub-tests --lib
+step cargo build --locked "${emulated[@]}"
+step cargo test --locked "${emulated[@]}" --lib
 printf '\nall platforms passed\n'

@@ -11,6 +11,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/lib/debian.sh
+source scripts/lib/emulated.sh
 
 # Seconds: for one test program, and for all that a machine does.
 program_limit=1800
@@ -37,7 +38,6 @@ case ${1-} in
 esac
 [[ $# -eq 0 ]] || kernels=("$@")
 pagings=(nested shadow)
-target=x86_64-unknown-linux-musl
 out=target/qemu
 
 unpack qemu qemu-system-x86 busybox-static
@@ -47,22 +47,22 @@ done
 rust_target "$target"
 
 # What to build of the tests: all, or what is in the list, in which the unit tests of a crate have its name.
-wanted=()
+wanted=(--lib '--test=*')
 if [[ $list ]]; then
     mapfile -t wanted < <(sed -nE 's/^vm_scrub.*/--lib/p; s/^([a-z_0-9]+) .*/--test=\1/p' "$list" | sort -u)
 fi
 
-# The programs are linked statically, and so need nothing else in the machine.
 printf '\n== building the tests for %s\n' "$target"
 rm -rf "$out"
 mkdir -p "$out"
-cargo test --locked --no-run --profile emulated --target "$target" \
-    -p vm-scrub -p vm-scrub-vmm -p vm-scrub-tests "${wanted[@]}" 2>&1 | tee "$out/build.log"
+cargo test --locked --no-run "${emulated[@]}" "${wanted[@]}" 2>&1 | tee "$out/build.log"
 declare -A programs
 while read -r path; do
     name=${path##*/}
     programs[${name%-*}]=$path
 done < <(sed -n 's/^ *Executable .*(\(.*\))$/\1/p' "$out/build.log")
+# The command's own tests start it, and have nothing to ask of a kernel.
+unset 'programs[command]' 'programs[bench]'
 mapfile -t all < <(printf '%s\n' "${!programs[@]}" | grep -E "${VM_SCRUB_QEMU_TESTS:-.}" | sort)
 [[ ${#all[@]} -gt 0 ]] || die "no test program has such a name"
 
