@@ -1,8 +1,6 @@
 //! The table: lengths around every boundary a loop may have, every alignment to a line and beyond,
 //! both guard pages.
 
-use std::fmt::Arguments;
-
 use super::guarded::Guarded;
 
 /// What surrounds the range under test.
@@ -69,10 +67,14 @@ pub(super) fn zeroing(zero: impl Fn(*mut u8, usize)) {
         zero(buffer.start().wrapping_add(start), len);
         let (before, rest) = buffer.bytes().split_at(start);
         let (inside, after) = rest.split_at(len);
-        let place = format_args!("{len} bytes at offset {start}");
-        assert_all(before, OUTSIDE, "before", place);
-        assert_all(inside, 0, "inside", place);
-        assert_all(after, OUTSIDE, "after", place);
+        for (bytes, value, part) in [
+            (before, OUTSIDE, "before"),
+            (inside, 0, "inside"),
+            (after, OUTSIDE, "after"),
+        ] {
+            let wrong = other_than(value, bytes);
+            assert_eq!(wrong, None, "{part} {len} bytes at offset {start}");
+        }
     });
     zero(std::ptr::null_mut(), 0);
 }
@@ -118,13 +120,14 @@ fn culprits(start: usize, len: usize) -> impl Iterator<Item = usize> {
     (0..len).filter(move |&at| all || at < 2 || len - at < 3 || (at + start).is_multiple_of(stride))
 }
 
-fn assert_all(bytes: &[u8], value: u8, part: &str, place: Arguments<'_>) {
-    // All bytes are `value` if the first is and each equals the one before it: one comparison of
-    // two slices, which is fast in an unoptimised build too.
-    let [first, rest @ ..] = bytes else { return };
+/// Where the first byte is that is not `value`.
+fn other_than(value: u8, bytes: &[u8]) -> Option<usize> {
+    // None if the first is and each equals the one before it: one comparison of two slices, which is fast in an unoptimised build too.
+    let [first, rest @ ..] = bytes else {
+        return None;
+    };
     if *first == value && *rest == bytes[..rest.len()] {
-        return;
+        return None;
     }
-    let wrong = bytes.iter().position(|&byte| byte != value);
-    panic!("{place}: byte {wrong:?} {part} the range is not {value:#04x}");
+    bytes.iter().position(|&byte| byte != value)
 }
