@@ -84,7 +84,8 @@ impl Retiring {
     }
 
     fn start(&mut self, rate: Option<ScrubRate>) -> anyhow::Result<()> {
-        ensure!(self.thread.is_none(), "the last scrub did not end");
+        // A run that failed has left it going, and says nothing about the next one.
+        self.stop()?;
         self.pool.set_scrub_rate(rate);
         self.stop = Arc::default();
         let (pool, stop, processor) = (

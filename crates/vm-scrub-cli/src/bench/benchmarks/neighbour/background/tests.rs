@@ -28,6 +28,17 @@ fn whole_leases_are_counted_and_come_back_clean() {
 }
 
 #[test]
+fn who_comes_next_ends_what_was_left_going() {
+    let retiring = retiring();
+    for rate in [1 << 17, 1 << 30] {
+        // A run that fails is not stopped.
+        Paced::new(&retiring, Some(rate)).start().expect("started");
+    }
+    Paced::new(&retiring, None).stop().expect("stopped");
+    assert_eq!(retiring.borrow().pool.accounts().clean, BYTES);
+}
+
+#[test]
 fn it_begins_when_the_burst_is_over() {
     let retiring = retiring();
     let mut scrub = Paced::new(&retiring, Some(1 << 30));
