@@ -1,7 +1,11 @@
 //! A forked child has an address space of its own, and what the parent has found out about its own does not hold there.
 
-use vm_scrub::{Policy, scrub_raw};
-use vm_scrub_tests::skipped;
+use vm_scrub::lease::{Refusal, Ticket};
+use vm_scrub::{BLOCK_SIZE, LeaseError, PageSize, Policy, TeardownError, scrub_raw};
+use vm_scrub_tests::{
+    assert_nothing_dirty_left, fill, first_nonzero, on_every_page_size, pools, quiesce, regions,
+    skipped, teardown,
+};
 
 const LEN: usize = 1 << 20;
 
@@ -20,6 +24,7 @@ fn status(child: i64) -> i32 {
     // SAFETY: `status` is live and writable.
     let waited = unsafe { libc::waitpid(child as libc::pid_t, &raw mut status, 0) };
     assert_eq!(i64::from(waited), child);
+    assert!(libc::WIFEXITED(status), "ended by a signal: {status:#x}");
     libc::WEXITSTATUS(status)
 }
 
@@ -81,4 +86,45 @@ fn in_the_same_namespace() {
 #[test]
 fn in_namespaces_of_their_own() {
     a_child_of_a_child_scrubs_its_own_memory(true);
+}
+
+on_every_page_size!(a_child_neither_uses_nor_ends_its_parents_pool: 4);
+
+/// The memory is not the child's, and the threads are not there: whoever waited for them would wait for ever.
+fn a_child_neither_uses_nor_ends_its_parents_pool(page_size: PageSize) {
+    let pool = pools::builder(page_size, 4).threads(2).build().unwrap();
+    let one = || pool.lease(&regions(&[(0, BLOCK_SIZE)])).unwrap();
+    let (kept, refused, retired) = (one(), one(), one());
+    for lease in [&kept, &refused, &retired] {
+        fill(lease, 0x5e);
+    }
+    // SAFETY: the child calls nothing that needs another thread, or it is the end of it.
+    let child = unsafe { libc::fork() };
+    assert!(child >= 0);
+    if child == 0 {
+        // SAFETY: ends this process, if it should wait.
+        unsafe { libc::alarm(20) };
+        let mut good = matches!(
+            pool.lease(&regions(&[(0, BLOCK_SIZE)])),
+            Err(LeaseError::Forked)
+        );
+        let quiesced = quiesce(&refused);
+        good &= is_refused(refused.teardown(quiesced));
+        let quiesced = quiesce(&retired);
+        good &= is_refused(retired.retire(quiesced).map(|_: Ticket| ()));
+        drop(kept);
+        drop(pool);
+        exit(good);
+    }
+    assert_eq!(status(i64::from(child)), 0);
+    assert_eq!(pool.accounts().leased, 3 * BLOCK_SIZE);
+    for lease in [kept, refused, retired] {
+        assert_eq!(first_nonzero(&lease), Some(0), "the guest's bytes");
+        assert!(teardown(lease).is_proven());
+    }
+    assert_nothing_dirty_left(&pool);
+}
+
+fn is_refused<T>(result: Result<T, TeardownError>) -> bool {
+    matches!(result, Err(TeardownError::Refused(refused)) if matches!(refused.reason, Refusal::Forked))
 }

@@ -55,6 +55,9 @@ pub enum LeaseError {
         /// The other one.
         second: GuestRegion,
     },
+    /// This process is a forked child of the one that built the pool.
+    #[error("the pool is another process's, of which this is a forked child: build a pool here")]
+    Forked,
     /// The pool has not enough clean memory.
     #[error(
         "{asked} bytes in blocks of {BLOCK_SIZE} were asked for and {} are free ({} leased, {} being scrubbed, {} \
@@ -159,6 +162,9 @@ pub enum Refusal {
         /// How many.
         holders: usize,
     },
+    /// This process is a forked child of the one that made the lease, and has none of its memory.
+    #[error("it is another process's, of which this is a forked child: tear it down there")]
+    Forked,
     /// The statement that the guest is stopped is about another lease.
     #[error(
         "the `Quiesced` is about {quiesced} and not about {lease}: pass the one made for this lease"

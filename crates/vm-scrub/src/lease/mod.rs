@@ -209,7 +209,9 @@ impl Lease {
     fn refusal(&self, quiesced: &Quiesced) -> Option<Refusal> {
         let memslots = self.registrations.count();
         let holders = self.handles.holders();
-        if quiesced.lease != self.id {
+        if !self.pool.is_here() {
+            Some(Refusal::Forked)
+        } else if quiesced.lease != self.id {
             Some(Refusal::OtherLease {
                 lease: self.id,
                 quiesced: quiesced.lease,

@@ -49,6 +49,9 @@ impl Pool {
         options: LeaseOptions,
     ) -> Result<Lease, LeaseError> {
         let shared = &self.shared;
+        if !shared.is_here() {
+            return Err(LeaseError::Forked);
+        }
         let regions = region::check(regions, shared.page_size.granularity())?;
         let wanted: Vec<u64> = regions
             .iter()

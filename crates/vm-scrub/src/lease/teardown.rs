@@ -164,6 +164,14 @@ pub(super) fn abandon(lease: &mut Lease) {
     let Some(blocks) = lease.blocks.take() else {
         return;
     };
+    if !lease.pool.is_here() {
+        // The parent's, who knows best. Nothing of it is here.
+        std::mem::forget((blocks, lease.file.take()));
+        for region in std::mem::take(&mut lease.regions) {
+            region.window.leak();
+        }
+        return;
+    }
     let id = lease.id;
     let memslots = lease.registrations.count();
     let holders = lease.handles.holders();

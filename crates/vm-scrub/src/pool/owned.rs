@@ -5,21 +5,35 @@
 //! go of the pool, and a VMM that builds the next one at once would not find the hugetlb pages of this one.
 
 use super::Shared;
+use crate::sys::fork;
 use std::ops::Deref;
 use std::sync::{Arc, Weak};
 
 /// A pool that ends with the last `Arc` of this: its background thread first, then its memory.
 #[derive(Debug)]
-pub(crate) struct Owned(Arc<Shared>);
+pub(crate) struct Owned {
+    shared: Arc<Shared>,
+    /// The one in which its memory and its threads are.
+    address_space: Option<u64>,
+}
 
 impl Owned {
     pub(super) fn new(shared: Shared) -> Self {
-        Self(Arc::new(shared))
+        Self {
+            shared: Arc::new(shared),
+            address_space: fork::address_space(),
+        }
+    }
+
+    /// Whether this is where the pool was built. In a forked child neither its memory nor its threads are there, and what lies at
+    /// their addresses may be the child's own.
+    pub(crate) fn is_here(&self) -> bool {
+        self.address_space == fork::address_space()
     }
 
     /// For those who only look.
     pub(crate) fn visit(&self) -> Weak<Shared> {
-        Arc::downgrade(&self.0)
+        Arc::downgrade(&self.shared)
     }
 }
 
@@ -27,12 +41,17 @@ impl Deref for Owned {
     type Target = Shared;
 
     fn deref(&self) -> &Shared {
-        &self.0
+        &self.shared
     }
 }
 
 impl Drop for Owned {
     fn drop(&mut self) {
-        self.0.background.end();
+        if self.is_here() {
+            self.shared.background.end();
+        } else {
+            // Nothing of it is ended or unmapped.
+            std::mem::forget(Arc::clone(&self.shared));
+        }
     }
 }

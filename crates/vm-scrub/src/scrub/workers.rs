@@ -4,13 +4,16 @@
 
 use crate::sys::numa::Numbers;
 #[cfg(feature = "rayon")]
-use crate::sys::thread;
+use crate::sys::{fork, thread};
 
 /// A fixed set of threads, or the calling thread alone.
 #[derive(Debug)]
 pub(crate) struct Workers {
     #[cfg(feature = "rayon")]
     pool: Option<rayon::ThreadPool>,
+    /// Where the threads are: a forked child has none of them, and would wait for them for ever.
+    #[cfg(feature = "rayon")]
+    address_space: Option<u64>,
 }
 
 /// Why the threads could not be started.
@@ -22,6 +25,8 @@ impl Workers {
         Self {
             #[cfg(feature = "rayon")]
             pool: None,
+            #[cfg(feature = "rayon")]
+            address_space: None,
         }
     }
 
@@ -39,16 +44,25 @@ impl Workers {
             if let Some(cpus) = cpus {
                 pin(&threads, cpus);
             }
-            return Ok(Self { pool: Some(pool) });
+            return Ok(Self {
+                pool: Some(pool),
+                address_space: fork::address_space(),
+            });
         }
         let _ = (threads, cpus);
         Ok(Self::caller())
     }
 
+    #[cfg(feature = "rayon")]
+    fn threads_here(&self) -> Option<&rayon::ThreadPool> {
+        let pool = self.pool.as_ref()?;
+        (self.address_space == fork::address_space()).then_some(pool)
+    }
+
     /// How many threads work at the same time.
     pub(crate) fn threads(&self) -> usize {
         #[cfg(feature = "rayon")]
-        if let Some(pool) = &self.pool {
+        if let Some(pool) = self.threads_here() {
             return pool.current_num_threads();
         }
         1
@@ -62,7 +76,7 @@ impl Workers {
         one: impl Fn(usize) -> T + Send + Sync,
     ) -> Vec<T> {
         #[cfg(feature = "rayon")]
-        if let Some(pool) = &self.pool
+        if let Some(pool) = self.threads_here()
             && count > 1
         {
             use rayon::prelude::*;
@@ -74,7 +88,7 @@ impl Workers {
     /// Every thread calls `work` once; returns when all have.
     pub(crate) fn all(&self, work: impl Fn() + Sync) {
         #[cfg(feature = "rayon")]
-        if let Some(pool) = &self.pool {
+        if let Some(pool) = self.threads_here() {
             pool.broadcast(|_| work());
             return;
         }
