@@ -31,8 +31,8 @@ case ${1-} in
     --ci)
         shift
         list=scripts/lib/qemu-ci
-        program_limit=120
-        machine_limit=240
+        program_limit=150
+        machine_limit=300
         mapfile -t kernels < <(grep -v '^#' "$list" | grep -oE '[0-9.]+-(nested|shadow)' | sed 's/-.*//' | sort -uV)
         ;;
 esac
