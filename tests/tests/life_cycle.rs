@@ -20,7 +20,9 @@ on_small_page_sizes!(sizes_that_fill_no_block);
 fn the_next_guest_gets_the_same_blocks_and_none_of_the_bytes(page_size: PageSize) {
     let pool = pool(page_size, 8);
     let layout = regions(&[(0, 8 * BLOCK_SIZE)]);
+    assert_eq!(pool.page_size(), page_size);
     let lease = pool.lease_for("first", &layout).unwrap();
+    assert_eq!(lease.guest(), Some("first"));
     assert_eq!(
         (pool.accounts().leased, pool.accounts().clean),
         (8 * BLOCK_SIZE, 0)
@@ -54,6 +56,7 @@ fn the_next_guest_gets_the_same_blocks_and_none_of_the_bytes(page_size: PageSize
     assert_eq!(pool.accounts().clean, pool.capacity());
 
     let lease = pool.lease(&layout).unwrap();
+    assert_eq!(lease.guest(), None);
     assert_eq!(lease.blocks(), first.blocks, "no other blocks exist");
     assert!(lease.id() > first.lease);
     assert_all_zero(&lease);

@@ -73,6 +73,19 @@ fn without_madv_populate_write_a_hugetlb_page_that_is_gone_is_quarantined() {
     assert_nothing_dirty_left(&pool);
 }
 
+/// A kernel that was built without hugetlb pages, or without those of 2 MiB.
+#[test]
+fn without_hugetlb_pages() {
+    for errno in [libc::EINVAL, libc::ENODEV, libc::ENOENT] {
+        let _missing = inject(Call::MemfdCreate, 0, 1, errno);
+        let error = builder(PageSize::Huge2M).build().unwrap_err();
+        assert!(
+            matches!(error, PoolError::NoHugePages { free: None, .. }),
+            "{error}"
+        );
+    }
+}
+
 /// A page that cannot be populated either way: the pool is not built, and the error names the call.
 #[test]
 fn without_madv_populate_write_a_pool_that_cannot_be_populated_is_an_error() {

@@ -172,7 +172,7 @@ fn the_environment_names_the_loop() {
             "{text}"
         );
         // SAFETY: as above.
-        unsafe { std::env::remove_var("VM_SCRUB_LOOP") };
+        unsafe { std::env::set_var("VM_SCRUB_LOOP", "") };
         // SAFETY: as above.
         unsafe { std::env::set_var("VM_SCRUB_VERIFY_LOOP", "portable") };
         let receipt = generation(&with(Policy::new()));

@@ -5,8 +5,8 @@ use vm_scrub::test_support::{Call, Sabotage, build_sabotaged, inject};
 use vm_scrub::{BLOCK_SIZE, Lease, PageSize, Policy, Pool, PoolBuilder, RevokeBy};
 use vm_scrub_tests::maps::populated_bytes;
 use vm_scrub_tests::{
-    PAGE, assert_all_zero, assert_nothing_dirty_left, fill, on_every_page_size, pools, regions,
-    teardown,
+    PAGE, assert_all_zero, assert_nothing_dirty_left, fill, on_every_page_size,
+    on_small_page_sizes, pools, regions, teardown,
 };
 
 on_every_page_size!(
@@ -14,6 +14,7 @@ on_every_page_size!(
     what_is_beyond_goes: 4,
     nothing_leaves_quarantine: 4,
 );
+on_small_page_sizes!(only_what_was_touched_goes);
 
 fn retaining(page_size: PageSize, bytes: u64) -> PoolBuilder {
     let policy = Policy::new().retain(bytes);
@@ -65,6 +66,21 @@ fn what_is_beyond_goes(page_size: PageSize) {
         }
         assert_nothing_dirty_left(&pool);
     }
+}
+
+/// What was never populated has nothing to give back, and does not stand for what has.
+fn only_what_was_touched_goes(page_size: PageSize) {
+    let pool = retaining(page_size, 0).build().unwrap();
+    let lease = whole(&pool);
+    let (_, start) = lease.host_addresses().remove(0);
+    // SAFETY: the second block of the lease, to which nobody else has a reference.
+    unsafe {
+        start
+            .add(BLOCK_SIZE as usize)
+            .write_bytes(1, BLOCK_SIZE as usize);
+    }
+    assert_eq!(teardown(lease).bytes_returned, BLOCK_SIZE);
+    assert_eq!(populated(&pool), 0);
 }
 
 fn nothing_leaves_quarantine(page_size: PageSize) {

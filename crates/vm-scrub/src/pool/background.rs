@@ -315,3 +315,60 @@ impl Drop for Background {
         self.end();
     }
 }
+
+#[cfg(all(test, not(loom)))]
+mod tests {
+    use super::*;
+
+    #[derive(Debug)]
+    struct Fake {
+        priority: Priority,
+        over: bool,
+    }
+
+    impl Chore for Fake {
+        fn priority(&self) -> Priority {
+            self.priority
+        }
+        fn work(&self, _: &mut dyn FnMut(usize) -> bool) {}
+        fn work_with(&self, _: &Workers) {}
+        fn has_work(&self) -> bool {
+            true
+        }
+        fn is_wanted(&self) -> bool {
+            false
+        }
+        fn is_over(&self) -> bool {
+            self.over
+        }
+        fn wait(&self) {}
+    }
+
+    #[test]
+    fn the_oldest_of_the_most_urgent_comes_first_and_what_is_over_is_forgotten() {
+        use Priority::{High, Low, Normal};
+        let all: Vec<Arc<dyn Chore>> = [
+            (High, true),
+            (Low, false),
+            (Normal, false),
+            (Normal, false),
+            (Low, false),
+        ]
+        .into_iter()
+        .map(|(priority, over)| Arc::new(Fake { priority, over }) as Arc<dyn Chore>)
+        .collect();
+        let mut chores = all.clone();
+        let mut left = 4;
+        for next in [2, 3, 1, 4] {
+            let chore = Queue::most_urgent(&mut chores, |_| true).unwrap();
+            assert!(Arc::ptr_eq(&chore, &all[next]), "number {next}");
+            assert_eq!(chores.len(), left);
+            chores.retain(|other| !Arc::ptr_eq(other, &chore));
+            left -= 1;
+        }
+        assert!(Queue::most_urgent(&mut chores, |_| true).is_none());
+        let mut chores = all.clone();
+        let urgent = Queue::most_urgent(&mut chores, |chore| chore.priority() == Low).unwrap();
+        assert!(Arc::ptr_eq(&urgent, &all[1]), "the first that is wanted");
+    }
+}

@@ -72,3 +72,25 @@ impl FromStr for PageSize {
             .ok_or_else(|| UnknownPageSize(name.to_owned()))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_page_size_comes_back_by_its_name() {
+        for (page_size, name) in [
+            (PageSize::Base4K, "4k"),
+            (PageSize::Transparent, "thp"),
+            (PageSize::Huge2M, "2m"),
+        ] {
+            assert_eq!(page_size.to_string(), name);
+            assert_eq!(name.parse(), Ok(page_size));
+        }
+        let error = "1g".parse::<PageSize>().unwrap_err();
+        assert_eq!(
+            error.to_string(),
+            "there is no page size called `1g`: use 4k, thp or 2m"
+        );
+    }
+}

@@ -34,3 +34,14 @@ pub struct Progress {
     /// there, all of them, as [`Ticket::progress`](crate::Ticket::progress) says.
     pub bytes_total: u64,
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_name_says_what_it_names_and_is_used_once() {
+        assert_eq!(LeaseId(7).to_string(), "lease 7");
+        assert!(LeaseId::next() < LeaseId::next());
+    }
+}

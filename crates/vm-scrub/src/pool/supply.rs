@@ -126,3 +126,64 @@ fn populate(backing: &dyn Backing, len: usize, workers: &Workers) -> sys::Result
         None => Ok(()),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::sys::Call;
+
+    fn supply(page_size: PageSize, numa_node: Option<u32>) -> Supply {
+        Supply {
+            len: 6 << 20,
+            page_size,
+            populate: false,
+            numa_node,
+            lock: false,
+        }
+    }
+
+    fn failed(call: Call, errno: i32) -> sys::Error {
+        sys::Error {
+            call,
+            source: std::io::Error::from_raw_os_error(errno),
+        }
+    }
+
+    #[test]
+    fn only_a_node_without_pages_is_told_from_a_host_without_memory() {
+        let of = |page_size, node, errno| {
+            supply(page_size, node).not_populated(failed(Call::Populate, errno))
+        };
+        assert!(matches!(
+            of(PageSize::Huge2M, Some(1), libc::EFAULT),
+            PoolError::NoHugePagesOnNode {
+                node: 1,
+                asked: 3,
+                ..
+            }
+        ));
+        for other in [
+            of(PageSize::Huge2M, Some(1), libc::ENOMEM),
+            of(PageSize::Huge2M, None, libc::EFAULT),
+            of(PageSize::Base4K, Some(1), libc::EFAULT),
+        ] {
+            assert!(
+                matches!(other, PoolError::Populate { capacity, .. } if capacity == 6 << 20),
+                "{other}"
+            );
+        }
+    }
+
+    #[test]
+    fn the_error_names_what_the_kernel_refused() {
+        let of = |node, call| supply(PageSize::Base4K, node).not_mapped(failed(call, libc::EPERM));
+        assert!(matches!(
+            of(Some(1), Call::Mbind),
+            PoolError::NumaBind { node: 1, .. }
+        ));
+        for node in [None, Some(1)] {
+            assert!(matches!(of(node, Call::Mlock), PoolError::Lock { .. }));
+            assert!(matches!(of(node, Call::Mmap), PoolError::Map { .. }));
+        }
+    }
+}

@@ -156,6 +156,14 @@ mod tests {
         }
     }
 
+    #[test]
+    fn the_hosts_clock_goes_on_while_one_sleeps() {
+        let clock = SystemClock::new();
+        let before = clock.now();
+        clock.sleep(Duration::from_millis(2));
+        assert!(clock.now() - before >= Duration::from_millis(2));
+    }
+
     fn throttle(rate: Option<ScrubRate>) -> (Throttle, FakeClock) {
         let clock = FakeClock::default();
         (Throttle::new(rate, Box::new(clock.clone())), clock)

@@ -277,9 +277,10 @@ impl std::fmt::Debug for Job {
 mod tests {
     use crate::arch::ZeroLoop;
     use crate::scrub::plan::PIECE;
-    use crate::scrub::{Engine, HostPtr, Policy, Verify, Work};
+    use crate::scrub::{Engine, HostPtr, Policy, Sabotage, Verify, Work};
     use std::hint::spin_loop;
     use std::sync::Barrier;
+    use std::time::{Duration, Instant};
 
     /// Bytes and stores that an interpreter and a sanitizer see, in the hands of real threads. The models have stand-ins for the
     /// bytes, and more orders.
@@ -315,5 +316,32 @@ mod tests {
         });
         let (zeroed, _) = job.settle(job.thread_time()).unwrap();
         assert_eq!(zeroed.bytes(), LEN as u64);
+    }
+
+    #[test]
+    fn a_second_chance_that_is_not_given_yet_is_left_to_others() {
+        let mut memory = vec![0xa5_u8; 2 * PIECE];
+        let base = HostPtr(memory.as_mut_ptr());
+        let mut engine = Engine::immediate(&Policy::new()).unwrap();
+        engine.sabotage(Sabotage::SkipScrub);
+        let begun = Instant::now();
+        let all = 0..2 * PIECE;
+        // SAFETY: a range in a vector that lives longer than the job, and that nobody else touches.
+        let job = unsafe { engine.job(base, &[all], Work::ZeroAndRead, Verify::Full, 0) };
+        // Both pieces, and not what was not zero in them.
+        let mut asked = 0;
+        let two = |_| {
+            asked += 1;
+            asked <= 2
+        };
+        job.work(two, None);
+        assert!(job.has_batches() && !job.is_done());
+        job.work(|_| true, None);
+        assert!(job.is_done() && !job.has_batches());
+        // One thread has worked on it, and not all the time.
+        assert!(job.thread_time() > Duration::ZERO && job.thread_time() <= begun.elapsed());
+        let (_, verdict) = job.settle(job.thread_time()).unwrap();
+        assert_eq!(verdict.failures().len(), 2);
+        assert_eq!(verdict.failed_bytes(), 2 * PIECE as u64);
     }
 }

@@ -70,6 +70,16 @@ mod tests {
         }
     }
 
+    /// Whoever checks a receipt draws the lines again, by the published generator.
+    #[test]
+    fn the_same_seed_draws_the_same_lines_for_ever() {
+        assert_eq!(mix(0), 0xe220_a839_7b1d_cdaf);
+        assert_eq!(mix(0x9e37_79b9_7f4a_7c15), 0x6e78_9e6a_a1b9_65f4);
+        let piece = 5 * LINE..69 * LINE;
+        let drawn: Vec<_> = lines(&piece, 50, 7).map(|line| line.start / LINE).collect();
+        assert_eq!(drawn, [17, 21, 44, 57]);
+    }
+
     #[test]
     fn every_line_is_drawn_by_some_seed() {
         let piece = 0..64 * LINE;

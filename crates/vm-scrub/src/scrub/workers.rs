@@ -139,6 +139,17 @@ mod tests {
         );
     }
 
+    #[cfg(feature = "vm-memory")]
+    #[test]
+    fn the_caller_works_where_there_is_one_thing_to_do() {
+        let me = std::thread::current().id();
+        let workers = Workers::start(2, None).unwrap();
+        let who = |_| std::thread::current().id();
+        assert_eq!(workers.map(1, who), [me]);
+        assert!(workers.map(2, who).iter().all(|worker| *worker != me));
+        assert_eq!(workers.map(3, |number| number), [0, 1, 2]);
+    }
+
     #[test]
     fn processors_that_are_not_there_are_not_waited_for() {
         let mine = cpus_of_this_thread();

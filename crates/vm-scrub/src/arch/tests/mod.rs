@@ -5,6 +5,8 @@
 //! nobody can overlook it.
 
 mod cases;
+#[cfg(all(target_arch = "x86_64", not(miri)))]
+mod detected;
 mod fused;
 mod generic;
 mod guarded;
@@ -29,6 +31,8 @@ macro_rules! zero_tests {
                     return super::skipped(<$loop>::NAME);
                 };
                 assert!(<$loop>::is_available());
+                let handle = crate::arch::ZeroLoop::by_name(<$loop>::NAME).unwrap();
+                assert_eq!(handle.is_streaming(), <$loop>::STREAMING);
                 // SAFETY: the cases only pass ranges inside a buffer of their own.
                 super::cases::zeroing(|ptr, len| unsafe { zero.zero(ptr, len) });
             }

@@ -90,3 +90,16 @@ fn has_lines_of(bytes: usize) -> bool {
     let cache = cpuid::leaf(0x8000_0005).map_or(0, |leaf| (leaf.ecx & 0xff) as usize);
     clflush == bytes && (cache == 0 || cache == bytes)
 }
+
+#[cfg(all(test, not(miri)))]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lines_have_one_length() {
+        // Whether or not there is `clzero`: every x86-64 processor flushes lines and says how long they are, and none has had
+        // anything but 64 bytes.
+        assert!(has_lines_of(64));
+        assert!(!has_lines_of(32) && !has_lines_of(128) && !has_lines_of(0));
+    }
+}

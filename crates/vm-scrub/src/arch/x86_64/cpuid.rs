@@ -28,3 +28,17 @@ pub(in crate::arch) fn has_clflushopt() -> bool {
     static AVAILABLE: OnceLock<bool> = OnceLock::new();
     *AVAILABLE.get_or_init(|| leaf(7).is_some_and(|leaf| leaf.ebx & (1 << 23) != 0))
 }
+
+#[cfg(all(test, not(miri)))]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_leaf_beyond_the_last_one_is_not_asked_for() {
+        for first in [0, 0x8000_0000] {
+            let last = leaf(first).expect("the first of its kind").eax;
+            assert!(leaf(last).is_some());
+            assert!(leaf(last + 1).is_none() && leaf(first + 0x7fff_ffff).is_none());
+        }
+    }
+}

@@ -155,3 +155,26 @@ fn sum(ranges: &[Range<usize>]) -> u64 {
 fn nanos(duration: Duration) -> u64 {
     u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn blocks_of_a_file_stand_for_blocks_of_the_pool() {
+        let extents = [
+            Extent {
+                first: 10,
+                blocks: 2,
+            },
+            Extent {
+                first: 40,
+                blocks: 3,
+            },
+        ];
+        let of = |block| in_books(true, &extents, block);
+        assert_eq!([0, 1, 2, 3, 4].map(of), [10, 11, 40, 41, 42]);
+        assert_eq!(of(5), u64::MAX, "no pool has it");
+        assert_eq!(in_books(false, &extents, 3), 3);
+    }
+}
