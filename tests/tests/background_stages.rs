@@ -5,7 +5,7 @@ use std::fs::File;
 use std::sync::Arc;
 use std::time::Duration;
 use vm_scrub::lease::{Cancelled, QuarantineReason};
-use vm_scrub::test_support::{Sabotage, build_sabotaged};
+use vm_scrub::test_support::{Call, Sabotage, build_sabotaged, inject};
 use vm_scrub::{
     BLOCK_SIZE, Lease, LeaseOptions, PageSize, Policy, Pool, PoolBuilder, Priority, ScrubRate,
     Ticket,
@@ -21,6 +21,7 @@ on_every_page_size!(
     what_is_sealed_is_not_handed_back_dirty: 4,
     reading_back_is_put_aside: 5,
     what_could_not_be_sealed_is_zeroed_again_at_the_same_pace: 4,
+    what_cannot_be_sealed_is_not_tried_again: 4,
     a_second_chance_is_work_like_any_other: 2,
 );
 
@@ -153,6 +154,23 @@ fn what_could_not_be_sealed_is_zeroed_again_at_the_same_pace(page_size: PageSize
     let receipt = memory.scrub_and_verify().recycle().unwrap();
     assert_adds_up(&receipt);
     assert!(receipt.is_proven());
+    assert_nothing_dirty_left(&pool);
+}
+
+/// Only a peer may let go in a moment.
+fn what_cannot_be_sealed_is_not_tried_again(page_size: PageSize) {
+    let (pool, clock) = crawling_pool(page_size, 2);
+    let ticket = retire(lease(&pool, true));
+    work_until(&clock, &ticket, 2 * PIECE);
+    // Who waits seals, on its own thread.
+    let fault = inject(Call::AddSeals, 0, u32::MAX, libc::EPERM);
+    let receipt = ticket.wait().unwrap();
+    assert_eq!(fault.hits(), 1);
+    drop(fault);
+    assert_adds_up(&receipt);
+    assert_eq!(receipt.bytes_quarantined, BLOCK_SIZE);
+    assert_eq!(receipt.quarantined[0].reason, QuarantineReason::NotSealed);
+    assert_eq!(pool.reclaim(), BLOCK_SIZE);
     assert_nothing_dirty_left(&pool);
 }
 

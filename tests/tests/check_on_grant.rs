@@ -72,6 +72,11 @@ fn what_was_written_to_free_memory_is_quarantined_and_replaced(page_size: PageSi
     assert!(teardown(lease).is_proven());
     assert_nothing_dirty_left(&pool);
     assert_eq!(pool.accounts().quarantined, 2 * BLOCK_SIZE);
+    // What is in quarantine is not looked at any more.
+    logs::listen();
+    let lease = pool.lease(&regions(&[(0, 4 * BLOCK_SIZE)])).unwrap();
+    assert!(!logs::heard(Level::Error, "quarantined before it was leased"));
+    drop(lease);
 }
 
 fn without_the_check_the_next_guest_gets_it(page_size: PageSize) {

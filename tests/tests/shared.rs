@@ -307,8 +307,14 @@ fn a_retired_lease_is_sealed_too(page_size: PageSize) {
     assert_eq!(peer.map(), 0);
     peer.fill();
     let quiesced = quiesce(&lease);
+    let begun = Instant::now();
     let receipt = lease.retire(quiesced).unwrap().wait().unwrap();
+    // A peer has a moment to let go, and ten more.
+    assert!(begun.elapsed() >= Duration::from_millis(11));
     assert_eq!(receipt.bytes_quarantined, receipt.bytes_total);
+    for range in &receipt.quarantined {
+        assert_eq!(range.reason, QuarantineReason::StillShared, "{range:?}");
+    }
     assert_eq!(pool.withheld().len(), 1);
     peer.kill();
     pool.reclaim();

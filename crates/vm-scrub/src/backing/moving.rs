@@ -240,3 +240,56 @@ unsafe fn discard_zero_page(pagemap: &Pagemap, address: *mut u8) -> sys::Result<
     }
     Ok(true)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn blocks_around_runs_are_whole_as_far_as_the_range_goes() {
+        let range = PAGE..4 * BLOCK - PAGE;
+        let of = |runs: &[Range<usize>]| blocks_around(runs, &range);
+        assert_eq!(of(&[]), []);
+        let one = PAGE..2 * PAGE;
+        let same = 5 * PAGE..6 * PAGE;
+        let far = 3 * BLOCK + PAGE..3 * BLOCK + 2 * PAGE;
+        assert_eq!(
+            of(&[one.clone(), same, far]),
+            [PAGE..BLOCK, 3 * BLOCK..4 * BLOCK - PAGE]
+        );
+        // Neighbours are one range, and so is a run over a border.
+        let next = BLOCK..BLOCK + PAGE;
+        assert_eq!(of(&[one, next]), [PAGE..2 * BLOCK]);
+        assert_eq!(of(&[BLOCK - PAGE..BLOCK + PAGE]), [PAGE..2 * BLOCK]);
+    }
+
+    #[test]
+    fn short_gaps_are_taken_along_and_long_ones_are_not() {
+        let first = 8 * PAGE..9 * PAGE;
+        let at_most = first.end + BRIDGED..first.end + BRIDGED + PAGE;
+        let further = at_most.end + BRIDGED + PAGE..at_most.end + BRIDGED + 2 * PAGE;
+        assert_eq!(
+            bridged(&[first.clone(), at_most.clone(), further.clone()]),
+            [first.start..at_most.end, further]
+        );
+        assert_eq!(bridged(&[]), []);
+    }
+
+    #[test]
+    fn what_is_forgotten_leaves_no_empty_runs() {
+        let mut round = Round {
+            small: vec![0..4 * PAGE, 8 * PAGE..12 * PAGE],
+            huge: vec![BLOCK..3 * BLOCK],
+            ..Round::default()
+        };
+        let (head, middle) = (0..PAGE, 9 * PAGE..10 * PAGE);
+        let (nothing, tail) = (20 * PAGE..21 * PAGE, 2 * BLOCK..3 * BLOCK);
+        let gone = round.forget(vec![head.clone(), middle.clone(), nothing, tail.clone()]);
+        assert_eq!(gone, [head, middle, tail]);
+        assert_eq!(
+            round.small,
+            [PAGE..4 * PAGE, 8 * PAGE..9 * PAGE, 10 * PAGE..12 * PAGE]
+        );
+        assert_eq!(round.huge, [BLOCK..2 * BLOCK]);
+    }
+}

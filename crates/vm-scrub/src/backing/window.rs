@@ -360,6 +360,7 @@ mod tests {
         let error = space.open(BLOCK).unwrap_err();
         assert_eq!(error.errno(), Some(libc::ENOMEM));
         assert_eq!(space.lock().oldest_first.len(), 0);
+        assert_eq!(space.lock().bytes, 0, "nothing is kept");
     }
 
     #[test]
