@@ -81,12 +81,24 @@ fn holes_and_bases_and_disorder(page_size: PageSize) {
         .map(|region| (region.guest_address, region.bytes))
         .collect();
     assert_eq!(in_lease, sorted);
-    let in_memory: Vec<(u64, u64)> = lease
-        .memory()
+    let memory = lease.memory();
+    let in_memory: Vec<(u64, u64)> = memory
         .iter()
         .map(|region| (region.start_addr().0, region.len()))
         .collect();
     assert_eq!(in_memory, sorted);
+    // What vm-memory says about mappings that it has not made.
+    let huge = page_size == PageSize::Huge2M;
+    let flags = match huge {
+        true => libc::MAP_SHARED,
+        false => libc::MAP_PRIVATE | libc::MAP_ANONYMOUS,
+    };
+    for region in memory.iter() {
+        assert_eq!(region.prot(), libc::PROT_READ | libc::PROT_WRITE);
+        assert_eq!(region.flags(), flags);
+        assert_eq!(region.is_hugetlbfs(), Some(huge));
+    }
+    drop(memory);
 
     assert_all_zero(&lease);
     fill(&lease, 2);

@@ -98,6 +98,7 @@ fn it_looks_like_memory_with_a_file(page_size: PageSize) {
     let memory = lease.memory();
     let mut offsets = HashSet::new();
     for (region, (place, at)) in memory.iter().zip(lease.file_offsets()) {
+        assert_eq!(region.flags(), libc::MAP_SHARED);
         let offset = region.file_offset().unwrap();
         assert_eq!(place.guest_address, region.start_addr().0);
         assert!(Arc::ptr_eq(offset.arc(), at.arc()));
