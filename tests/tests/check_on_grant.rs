@@ -75,7 +75,10 @@ fn what_was_written_to_free_memory_is_quarantined_and_replaced(page_size: PageSi
     // What is in quarantine is not looked at any more.
     logs::listen();
     let lease = pool.lease(&regions(&[(0, 4 * BLOCK_SIZE)])).unwrap();
-    assert!(!logs::heard(Level::Error, "quarantined before it was leased"));
+    assert!(!logs::heard(
+        Level::Error,
+        "quarantined before it was leased"
+    ));
     drop(lease);
 }
 
