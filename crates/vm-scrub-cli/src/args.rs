@@ -33,8 +33,8 @@ pub(crate) enum Command {
     Demo(DemoArgs),
     /// Measure it on this host, beside what people do today.
     ///
-    /// Contenders take turns, after warm-up; what they leave behind is looked at after each run. Exit status 0 if everything could
-    /// be measured, 1 otherwise, 2 for bad arguments.
+    /// Contenders take turns, after warm-up; what they leave behind is looked at after each run. Exit status 0 if everything that
+    /// this host can do was measured, 1 if something failed or nothing could be measured, 2 for bad arguments.
     #[command(after_help = LOOP_VARIABLES)]
     Bench(BenchArgs),
 }

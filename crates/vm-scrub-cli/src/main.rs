@@ -7,6 +7,7 @@ mod args;
 mod bench;
 mod demo;
 mod format;
+mod output;
 mod signals;
 
 use args::{Args, Command};
@@ -37,7 +38,7 @@ fn main() -> ExitCode {
         Ok(false) => ExitCode::FAILURE,
         Err(error) => {
             // Whoever was to read the results has gone, and will not read this either.
-            if !error.is::<demo::NobodyReads>() {
+            if !error.is::<output::NobodyReads>() {
                 let _ = writeln!(io::stderr(), "error: {error:#}");
             }
             if error.is::<bench::NotWritable>() {

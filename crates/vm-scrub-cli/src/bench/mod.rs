@@ -40,7 +40,7 @@ use std::rc::Rc;
 use subject::{Built, Plan};
 use table::Table;
 
-/// Runs the benchmarks and reports what they found. `true` if nothing failed.
+/// Runs the benchmarks and reports what they found. `true` if something was measured and nothing failed.
 pub(crate) fn run(args: &BenchArgs) -> anyhow::Result<bool> {
     let exports = Exports::open(args)?;
     let interrupt = Interrupt::listen()?;
@@ -61,13 +61,15 @@ pub(crate) fn run(args: &BenchArgs) -> anyhow::Result<bool> {
     };
     let mut last = None;
     for (benchmark, plan) in plans {
-        if interrupt.is_requested() {
-            session.fail(
-                benchmark,
-                &plan.title,
-                None,
-                "interrupted before its turn".into(),
-            );
+        let why = if interrupt.is_requested() {
+            Some("interrupted before its turn")
+        } else if session.progress.is_in_vain() {
+            Some("nobody reads the results any more")
+        } else {
+            None
+        };
+        if let Some(why) = why {
+            session.fail(benchmark, &plan.title, None, why.into());
             continue;
         }
         if last
@@ -84,11 +86,11 @@ pub(crate) fn run(args: &BenchArgs) -> anyhow::Result<bool> {
     // One benchmark's groups are still in sight.
     if !args.json && args.benchmark.benchmarks().len() > 1 {
         let answers = summary::of(&session.results);
-        println!(
+        session.progress.say(format_args!(
             "\nsummary\n{}\n{}",
             summary::table(&answers).for_terminal(),
             summary::ABOUT
-        );
+        ));
     }
     if args.json {
         // Programs know three things that loops do; what those are compared with is in the exports.
@@ -96,12 +98,14 @@ pub(crate) fn run(args: &BenchArgs) -> anyhow::Result<bool> {
         let rows: Vec<&Row> = rows
             .filter(|row| row.labels.op != Some(Op::Separate))
             .collect();
-        println!("{}", serde_json::to_string_pretty(&rows)?);
+        session.progress.say(serde_json::to_string_pretty(&rows)?);
     }
     if interrupt.is_requested() {
-        eprintln!("interrupted: what there is was kept");
+        session.progress.note("interrupted: what there is was kept");
     }
-    Ok(session.results.failed.is_empty() && !interrupt.is_requested())
+    session.progress.ensure_somebody_reads()?;
+    let Results { rows, failed, .. } = &session.results;
+    Ok(failed.is_empty() && !rows.is_empty() && !interrupt.is_requested())
 }
 
 /// What has been measured so far, and who is told.

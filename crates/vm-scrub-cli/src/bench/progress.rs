@@ -1,12 +1,12 @@
 //! A bar on standard error while a benchmark runs; nothing where that is no terminal.
 
+use crate::output::Output;
 use indicatif::{ProgressBar, ProgressStyle};
 use std::fmt::Display;
 use std::time::Duration;
 
 /// How far it has come: one step for each group.
-#[derive(Debug)]
-pub(crate) struct Progress(ProgressBar);
+pub(crate) struct Progress(Output);
 
 impl Progress {
     /// `groups` groups are to be measured.
@@ -18,38 +18,48 @@ impl Progress {
             bar.set_style(style);
         }
         bar.enable_steady_tick(Duration::from_millis(100));
-        Self(bar)
+        Self(Output::around(bar))
     }
 
     #[cfg(test)]
     pub(crate) fn hidden() -> Self {
-        Self(ProgressBar::hidden())
+        Self(Output::around(ProgressBar::hidden()))
     }
 
     pub(crate) fn group(&self, title: &str) {
-        self.0.set_prefix(title.to_owned());
-        self.0.set_message("preparing");
+        self.0.bar.set_prefix(title.to_owned());
+        self.0.bar.set_message("preparing");
     }
 
     pub(crate) fn turn(&self, contender: &str, what: &str) {
-        self.0.set_message(format!("{contender}: {what}"));
+        self.0.bar.set_message(format!("{contender}: {what}"));
     }
 
     pub(crate) fn group_done(&self) {
-        self.0.inc(1);
+        self.0.bar.inc(1);
     }
 
     /// Prints to standard output, around the bar.
     pub(crate) fn say(&self, text: impl Display) {
-        self.0.suspend(|| println!("{text}"));
+        self.0.print(text);
     }
 
     /// Prints to standard error, around the bar.
     pub(crate) fn note(&self, text: impl Display) {
-        self.0.suspend(|| eprintln!("{text}"));
+        self.0.remark(text);
+    }
+
+    /// Whether what is said cannot be read any more.
+    pub(crate) fn is_in_vain(&self) -> bool {
+        self.0.has_failed()
+    }
+
+    /// Fails if results could not be printed.
+    pub(crate) fn ensure_somebody_reads(&self) -> anyhow::Result<()> {
+        self.0.ensure_somebody_reads()
     }
 
     pub(crate) fn finish(&self) {
-        self.0.finish_and_clear();
+        self.0.bar.finish_and_clear();
     }
 }

@@ -11,7 +11,6 @@ use crate::signals::{HeldBack, Lent};
 use anyhow::{Context, bail};
 use guest::{GuestKind, RunningGuest};
 use narrator::Narrator;
-pub(crate) use narrator::NobodyReads;
 use report::{GuestReport, LateWrites, Report};
 use std::time::Duration;
 use vm_memory::GuestAddress;

@@ -5,12 +5,10 @@ use super::report::Report;
 use super::secrets;
 use crate::args::DemoArgs;
 use crate::format::{bytes, millis};
-use anyhow::Context;
+use crate::output::Output;
 use comfy_table::{Cell, CellAlignment, Table, presets};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
-use std::cell::RefCell;
-use std::fmt::{self, Display};
-use std::io::{self, Write};
+use std::fmt::Display;
 use std::time::Duration;
 use vm_scrub::{Lease, ScrubReceipt};
 use vm_scrub_vmm::{Deliveries, Scan};
@@ -20,22 +18,8 @@ const MAX_ROWS: usize = 20;
 
 pub(crate) struct Narrator {
     json: bool,
-    progress: ProgressBar,
-    /// Why nothing more is written to standard output, once it has failed.
-    failure: RefCell<Option<io::Error>>,
+    output: Output,
 }
-
-/// Standard output was a pipe, and its reader has gone.
-#[derive(Debug)]
-pub(crate) struct NobodyReads;
-
-impl Display for NobodyReads {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("nobody reads the results")
-    }
-}
-
-impl std::error::Error for NobodyReads {}
 
 impl Narrator {
     pub(crate) fn new(args: &DemoArgs) -> Self {
@@ -54,8 +38,7 @@ impl Narrator {
         progress.enable_steady_tick(Duration::from_millis(100));
         Self {
             json: args.json,
-            progress,
-            failure: RefCell::new(None),
+            output: Output::around(progress),
         }
     }
 
@@ -65,33 +48,17 @@ impl Narrator {
         }
     }
 
-    /// Writes a line to standard output, if that still works.
     fn print(&self, line: impl Display) {
-        let mut failure = self.failure.borrow_mut();
-        if failure.is_none() {
-            // Around the bar, so that neither garbles the other.
-            let written = self.progress.suspend(|| {
-                let mut out = io::stdout().lock();
-                writeln!(out, "{line}").and_then(|()| out.flush())
-            });
-            *failure = written.err();
-        }
+        self.output.print(line);
     }
 
-    /// Writes a line to standard error. Nothing depends on it, so it does not matter if nobody reads it.
     fn remark(&self, line: impl Display) {
-        self.progress.suspend(|| {
-            let _ = writeln!(io::stderr(), "{line}");
-        });
+        self.output.remark(line);
     }
 
-    /// Fails with [`NobodyReads`] if the reader of the results has gone, and with what happened if they cannot be written.
+    /// Fails if the results cannot be written.
     pub(crate) fn ensure_somebody_reads(&self) -> anyhow::Result<()> {
-        match self.failure.borrow_mut().take() {
-            None => Ok(()),
-            Some(error) if error.kind() == io::ErrorKind::BrokenPipe => Err(NobodyReads.into()),
-            Some(error) => Err(error).context("the results cannot be written"),
-        }
+        self.output.ensure_somebody_reads()
     }
 
     pub(crate) fn no_kvm(&self, error: &impl Display) {
@@ -120,8 +87,8 @@ impl Narrator {
     }
 
     pub(crate) fn step(&self, guest: &str, doing: &str) {
-        self.progress.set_message(format!("{guest} {doing}"));
-        self.progress.inc(1);
+        self.output.bar.set_message(format!("{guest} {doing}"));
+        self.output.bar.inc(1);
     }
 
     pub(crate) fn leased(&self, guest: &str, lease: &Lease) {
@@ -198,7 +165,7 @@ impl Narrator {
 
     /// Prints the result.
     pub(crate) fn end(&self, report: &Report) -> anyhow::Result<()> {
-        self.progress.finish_and_clear();
+        self.output.bar.finish_and_clear();
         if self.json {
             self.print(serde_json::to_string_pretty(report)?);
         } else {

@@ -5,6 +5,7 @@ use std::process::{Command, Stdio};
 use std::thread::sleep;
 use std::time::Duration;
 
+use crate::command::{Directory, text};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
@@ -13,6 +14,29 @@ fn handled(process: u32) -> u64 {
     let status = fs::read_to_string(format!("/proc/{process}/status")).unwrap_or_default();
     let line = status.lines().find_map(|line| line.strip_prefix("SigCgt:"));
     line.map_or(0, |line| u64::from_str_radix(line.trim(), 16).unwrap())
+}
+
+/// As `head` does. What was measured is kept, and nothing is measured that nobody would read.
+#[test]
+fn a_reader_that_goes_away_is_no_reason_to_panic() {
+    let directory = Directory::new("unread");
+    let kept = directory.file("kept.json");
+    let mut child = Command::new(env!("CARGO_BIN_EXE_vm-scrub"))
+        .args(["bench", "sparse", "--memory", "4M", "--page-size", "4k"])
+        .args(["--runs", "2", "--export-json", text(&kept)])
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    drop(child.stdout.take());
+    let output = child.wait_with_output().unwrap();
+    let errors = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(1), "{output:?}");
+    assert!(!errors.contains("panicked"), "{errors}");
+    assert!(errors.contains("nobody reads"), "{errors}");
+    let kept = serde_json::from_slice::<serde_json::Value>(&fs::read(&kept).unwrap()).unwrap();
+    assert!(!kept["results"].as_array().unwrap().is_empty());
+    assert!(!kept["failed"].as_array().unwrap().is_empty());
 }
 
 #[test]
