@@ -1,5 +1,7 @@
 //! A forked child has an address space of its own, and what the parent has found out about its own does not hold there.
 
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
 use vm_scrub::lease::{Refusal, Ticket};
 use vm_scrub::{BLOCK_SIZE, LeaseError, PageSize, Policy, TeardownError, scrub_raw};
 use vm_scrub_tests::{
@@ -127,4 +129,59 @@ fn a_child_neither_uses_nor_ends_its_parents_pool(page_size: PageSize) {
 
 fn is_refused<T>(result: Result<T, TeardownError>) -> bool {
     matches!(result, Err(TeardownError::Refused(refused)) if matches!(refused.reason, Refusal::Forked))
+}
+
+/// Between mapping memory for a guest and telling the kernel that children do not get it, another thread may fork.
+#[test]
+fn a_child_forked_in_between_has_no_way_into_the_file() {
+    let test = "a_child_forked_in_between_has_no_way_into_the_file";
+    vm_scrub_tests::child::with_huge_pages(test, 2, || {
+        let pool = pools::builder(PageSize::Huge2M, 2)
+            .threads(1)
+            .build()
+            .unwrap();
+        let stop = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                while !stop.load(Ordering::Relaxed) {
+                    let lease = pool.lease(&regions(&[(0, BLOCK_SIZE)])).unwrap();
+                    assert!(teardown(lease).is_proven());
+                }
+            });
+            let began = Instant::now();
+            let mut reached = 0;
+            while began.elapsed() < Duration::from_secs(2) && reached == 0 {
+                // SAFETY: the child calls nothing that needs another thread or allocates, or it is the end of it.
+                let child = unsafe { libc::fork() };
+                assert!(child >= 0);
+                if child == 0 {
+                    exit(!reaches_a_pools_file());
+                }
+                reached += status(i64::from(child));
+            }
+            stop.store(true, Ordering::Relaxed);
+            assert_eq!(reached, 0, "a child reaches the memory of guests to come");
+        });
+    });
+}
+
+/// Whether a pool's file is mapped, and not inaccessible. For a forked child: nothing is allocated.
+fn reaches_a_pools_file() -> bool {
+    let mut text = [0_u8; 256 << 10];
+    let mut len = 0;
+    // SAFETY: the name is a NUL-terminated literal, and the buffer is live and as long as it is said to be.
+    unsafe {
+        let file = libc::open(c"/proc/self/maps".as_ptr(), libc::O_RDONLY);
+        loop {
+            let rest = &mut text[len..];
+            match libc::read(file, rest.as_mut_ptr().cast(), rest.len()) {
+                read @ 1.. => len += read as usize,
+                _ => break,
+            }
+        }
+    }
+    text[..len].split(|byte| *byte == b'\n').any(|line| {
+        let is = |what: &[u8]| line.windows(what.len()).any(|part| part == what);
+        is(b"/memfd:vm-scrub") && !is(b" ---s ")
+    })
 }

@@ -2,11 +2,13 @@
 //! nothing else is lost.
 
 use std::os::unix::process::ExitStatusExt;
-use vm_scrub::lease::{LeaseError, Outcome, QuarantineReason};
-use vm_scrub::test_support::{Call, Sabotage, build_sabotaged, inject};
+use std::sync::{Arc, Once, OnceLock};
+use std::time::Duration;
+use vm_scrub::lease::{Cancelled, LeaseError, Outcome, QuarantineReason};
+use vm_scrub::test_support::{Call, Sabotage, arena_address, build_sabotaged, inject};
 use vm_scrub::{
-    BLOCK_SIZE, Lease, LeaseOptions, PageSize, Policy, Pool, ScrubError, ScrubReceipt, Verify,
-    memory_errors, scrub_raw,
+    BLOCK_SIZE, Lease, LeaseOptions, PageSize, Policy, Pool, ScrubError, ScrubRate, ScrubReceipt,
+    Verify, memory_errors, scrub_raw,
 };
 use vm_scrub_tests::child::{alone, end_of, with_huge_pages};
 use vm_scrub_tests::maps::{has_populate_write, is_readable};
@@ -187,6 +189,72 @@ fn where_nothing_can_be_mapped_it_is_the_end() {
     });
 }
 
+/// Replaces what is at `at` with memory that raises `SIGBUS`, once. Sabotage would do it again when the memory is scrubbed again.
+fn break_at(at: *mut u8, page_size: PageSize) {
+    let (len, flags) = match page_size {
+        PageSize::Huge2M => (BLOCK_SIZE as usize, libc::MFD_HUGETLB | libc::MFD_HUGE_2MB),
+        _ => (PAGE as usize, 0),
+    };
+    let protection = libc::PROT_READ | libc::PROT_WRITE;
+    let how = libc::MAP_SHARED | libc::MAP_FIXED;
+    // SAFETY: the range lies in a pool's arena, on the thread that works on it and is between two pieces; the file is new.
+    unsafe {
+        let file = libc::memfd_create(c"broken".as_ptr(), libc::MFD_CLOEXEC | flags);
+        assert_eq!(libc::ftruncate(file, len as libc::off_t), 0);
+        let mapped = libc::mmap(at.cast(), len, protection, how, file, 0);
+        assert_eq!(mapped, at.cast());
+        assert_eq!(libc::ftruncate(file, 0), 0);
+        libc::close(file);
+    }
+}
+
+/// What is in its place when somebody goes on with it is something else, and zero or not says nothing about the memory.
+fn what_was_broken_when_it_was_cancelled_stays_lost(page_size: PageSize) {
+    memory_errors::install().unwrap();
+    let slowly = ScrubRate {
+        bytes_per_second: 2 << 20,
+        burst: 0,
+    };
+    let arena: Arc<OnceLock<usize>> = Arc::default();
+    let (known, once) = (Arc::clone(&arena), Once::new());
+    let pool = pools::builder(page_size, 2)
+        .threads(1)
+        .scrub_rate(slowly)
+        .on_progress(move |_| {
+            once.call_once(|| {
+                let start = std::ptr::with_exposed_provenance_mut::<u8>(*known.wait());
+                // The block that is being worked on.
+                let at = if page_size == PageSize::Huge2M {
+                    0
+                } else {
+                    300 << 10
+                };
+                break_at(start.wrapping_add(at), page_size);
+            });
+        })
+        .build()
+        .unwrap();
+    arena.set(arena_address(&pool).expose_provenance()).unwrap();
+    let lease = pool.lease(&regions(&[(BASE, 2 * BLOCK_SIZE)])).unwrap();
+    fill(&lease, 1);
+    let quiesced = quiesce(&lease);
+    let ticket = lease.retire(quiesced).unwrap();
+    while ticket.progress().bytes_done < BLOCK_SIZE / 2 {
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    let Cancelled::Dirty(memory) = ticket.cancel() else {
+        panic!("it cannot have been finished");
+    };
+    let receipt = memory.scrub_and_verify().recycle().unwrap();
+    assert_adds_up(&receipt);
+    assert_eq!(receipt.outcome, Outcome::Quarantined);
+    assert_eq!(receipt.bytes_quarantined, BLOCK_SIZE);
+    let mut reasons = receipt.quarantined.iter().map(|range| range.reason);
+    assert!(reasons.any(|reason| reason == QuarantineReason::MemoryError));
+    assert_eq!(pool.accounts().quarantined, BLOCK_SIZE);
+    assert_nothing_dirty_left(&pool);
+}
+
 macro_rules! by_page_size {
     ($($name:ident = $page_size:ident: $test:expr;)+) => {$(
         #[test]
@@ -215,6 +283,9 @@ by_page_size! {
     checked_4k = Base4K: is_checked_on_grant;
     checked_thp = Transparent: is_checked_on_grant;
     checked_2m = Huge2M: is_checked_on_grant;
+    cancelled_4k = Base4K: what_was_broken_when_it_was_cancelled_stays_lost;
+    cancelled_thp = Transparent: what_was_broken_when_it_was_cancelled_stays_lost;
+    cancelled_2m = Huge2M: what_was_broken_when_it_was_cancelled_stays_lost;
 }
 
 /// `pages` pages of a file that has only the first `there` of them.

@@ -9,7 +9,7 @@
 
 use super::{
     Backing, NotGranted, NotPrepared, Refilled, Revocation, RevokeBy, Revoked, Window, WindowSpace,
-    keep_private,
+    map_shared,
 };
 use crate::scrub::{HostPtr, Residency};
 use crate::sys::map::Advice;
@@ -59,7 +59,7 @@ impl HugetlbArena {
         let base = view.start();
         // SAFETY: the window is a fresh reservation of this length that nobody else knows.
         unsafe {
-            map::map_shared(base.0, len, file.as_fd(), 0).map_err(|error| match error.errno() {
+            map_shared(base.0, len, file.as_fd(), 0).map_err(|error| match error.errno() {
                 // The reservation of pages fails with ENOMEM when there are too few.
                 Some(libc::ENOMEM) => HugetlbError::NoPages {
                     free: hugetlb::free_2m_pages(None),
@@ -69,7 +69,6 @@ impl HugetlbArena {
             if let Some(node) = node {
                 numa::bind(base.0, len, node).map_err(HugetlbError::Sys)?;
             }
-            keep_private(base.0, len);
         }
         Ok(Self {
             _view: view,
@@ -103,9 +102,8 @@ impl Backing for HugetlbArena {
             let mapped = self
                 .identity
                 .check(self.file.as_fd())
-                .and_then(|()| map::map_shared(window, len, self.file.as_fd(), offset as u64));
+                .and_then(|()| map_shared(window, len, self.file.as_fd(), offset as u64));
             mapped.and_then(|()| {
-                keep_private(window, len);
                 if self.resident {
                     // The pages are there; this fills in the window's page tables, so that the guest takes no faults.
                     map::populate(window, len)?;

@@ -180,7 +180,7 @@ impl Isolation {
                 remove_guards(self.lock.at(range.start), range.len())?;
                 move_pieces(self.lock.at(range.start), home, range.len())
                     .map_err(|(_, error)| error)?;
-                self.register_again(home, range.len());
+                self.register_again(home, range.len())?;
             }
         }
         Ok(())
@@ -188,12 +188,20 @@ impl Isolation {
 
     /// Tells the kernel again about a part of the arena that `mremap` has replaced.
     ///
+    /// Fails if another descriptor is told of what happens there: a pager of the VMM's that follows its memory
+    /// (`UFFD_FEATURE_EVENT_REMAP`) would supply the next guest with pages.
+    ///
     /// # Safety
     /// The range must be the arena's.
-    pub(super) unsafe fn register_again(&self, home: *mut u8, len: usize) {
+    pub(super) unsafe fn register_again(&self, home: *mut u8, len: usize) -> sys::Result<()> {
         // SAFETY: passed on to the caller.
-        if let Err(error) = unsafe { self.userfaultfd.register(home, len) } {
-            log::warn!("{len} bytes will be revoked without proof next time: {error}");
+        match unsafe { self.userfaultfd.register(home, len) } {
+            Err(error) if error.errno() == Some(libc::EBUSY) => Err(error),
+            Err(error) => {
+                log::warn!("{len} bytes will be revoked without proof next time: {error}");
+                Ok(())
+            }
+            Ok(()) => Ok(()),
         }
     }
 

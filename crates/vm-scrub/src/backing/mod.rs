@@ -23,6 +23,7 @@ use crate::scrub::{HostPtr, Residency};
 use crate::sys::{self, map, mlock};
 use std::fmt::Debug;
 use std::ops::Range;
+use std::os::fd::BorrowedFd;
 use std::time::Duration;
 
 /// [`BLOCK_SIZE`] as a length in this address space.
@@ -189,6 +190,27 @@ unsafe fn lock_again(address: *mut u8, len: usize) -> usize {
             log::error!("{len} bytes of guest memory are not locked any more: {error}");
             len
         }
+    }
+}
+
+/// Maps `len` bytes of a file from `offset` on at `address`, readable and writable.
+///
+/// Not before it is kept from children: a thread that forks in between would give the child a way into the memory of all guests to
+/// come.
+///
+/// # Safety
+/// The range must belong to the caller, who must not mind that what was there is gone, also after a failure.
+unsafe fn map_shared(
+    address: *mut u8,
+    len: usize,
+    file: BorrowedFd<'_>,
+    offset: u64,
+) -> sys::Result<()> {
+    // SAFETY: passed on to the caller.
+    unsafe {
+        map::map_shared_inaccessible(address, len, file, offset)?;
+        keep_private(address, len);
+        map::make_writable(address, len)
     }
 }
 

@@ -7,7 +7,7 @@
 
 use super::{
     Backing, NotGranted, NotPrepared, Revocation, RevokeBy, Revoked, Window, WindowSpace,
-    keep_private,
+    keep_private, map_shared,
 };
 use crate::scrub::{HostPtr, Residency, push_joined};
 use crate::sys::memfd::{self, Identity, Pages};
@@ -120,11 +120,12 @@ impl SharedFile {
         unsafe {
             if self.sealed {
                 map::map_shared_readable(self.base.0, self.len, self.file.as_fd(), 0)?;
+                self.view = wanted;
+                keep_private(self.base.0, self.len);
             } else {
-                map::map_shared(self.base.0, self.len, self.file.as_fd(), 0)?;
+                map_shared(self.base.0, self.len, self.file.as_fd(), 0)?;
+                self.view = wanted;
             }
-            self.view = wanted;
-            keep_private(self.base.0, self.len);
         }
         Ok(())
     }
@@ -284,15 +285,15 @@ impl Backing for SharedFile {
     unsafe fn grant(&self, offset: usize, window: *mut u8, len: usize) -> Result<(), NotGranted> {
         let granted = self.identity.check(self.file.as_fd()).and_then(|()| {
             // SAFETY: the caller says that the window is closed and of this length.
-            unsafe { map::map_shared(window, len, self.file.as_fd(), offset as u64) }
+            unsafe { map_shared(window, len, self.file.as_fd(), offset as u64) }
         });
         granted.map_err(|error| NotGranted {
             error,
-            stuck: false,
+            // SAFETY: the window is ours and nobody has seen it.
+            stuck: unsafe { map::make_inaccessible(window, len) }.is_err(),
         })?;
         // SAFETY: mapped just now; nobody has seen it.
         unsafe {
-            keep_private(window, len);
             if self.locked
                 && let Err(error) = mlock::lock(window, len)
             {

@@ -4,7 +4,7 @@ use super::stages::{End, Left, Next, Stage};
 use super::steps::take_away;
 use super::teardown::DirtyMemory;
 use super::{Lease, Quiesced, ScrubReceipt, TeardownError};
-use crate::pool::{Chore, LeaseId, OnProgress, Priority, Progress, Shared};
+use crate::pool::{Chore, LeaseId, OnProgress, Priority, Progress, Shared, survive};
 use crate::scrub::{Job, Workers};
 use crate::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, AtomicUsize, Ordering};
 use crate::sync::{Condvar, Mutex, MutexGuard};
@@ -429,7 +429,7 @@ impl Chore for Retired {
             }
         };
         // Who helps is not who made the callback: it has given the lease up, and that is all that it should do.
-        if std::panic::catch_unwind(std::panic::AssertUnwindSafe(work)).is_err() {
+        if survive(work).is_none() {
             log::error!("{}: a thread panicked while it scrubbed", self.lease);
         }
     }

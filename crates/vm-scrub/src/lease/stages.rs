@@ -133,7 +133,13 @@ impl Stage {
     /// back. What was proven to be clean is, and stays populated.
     pub(super) fn give_up(self) -> Left {
         let steps = match self {
-            Stage::Zero(steps, ..) | Stage::Seal(steps, ..) | Stage::Pause(steps, ..) => {
+            Stage::Zero(mut steps, job, _) => {
+                // What could not be accessed has other memory in its place now, which is not what has to be zeroed.
+                steps.lose_broken(&job.take_broken());
+                return Left::Dirty(steps);
+            }
+            Stage::Seal(mut steps, zeroed, _) | Stage::Pause(mut steps, zeroed, _) => {
+                steps.lose_broken(zeroed.broken());
                 return Left::Dirty(steps);
             }
             Stage::Read(steps, _) => steps.unread(

@@ -51,6 +51,7 @@ use super::steps::{Steps, take_away, take_away_unasked};
 use super::{Lease, Quiesced, TeardownError};
 use crate::pool::blocks::{Dirty, Scrubbed, Verified};
 use crate::scrub::Work;
+use std::mem::ManuallyDrop;
 
 /// Out of the guest's reach, with the guest's bytes in it.
 #[derive(Debug)]
@@ -173,6 +174,8 @@ pub(super) fn abandon(lease: &mut Lease) {
         return;
     }
     let id = lease.id;
+    // To count owners and to log runs code of the embedder's, which may panic: what somebody may be using stays mapped then.
+    let regions = ManuallyDrop::new(std::mem::take(&mut lease.regions));
     let memslots = lease.registrations.count();
     let holders = lease.handles.holders();
     if memslots > 0 || holders > 0 {
@@ -182,11 +185,9 @@ pub(super) fn abandon(lease: &mut Lease) {
             "{id} dropped with {memslots} memslots and {holders} owners left: quarantined, and left mapped"
         );
         blocks.quarantine();
-        for region in std::mem::take(&mut lease.regions) {
-            region.window.leak();
-        }
         return;
     }
+    lease.regions = ManuallyDrop::into_inner(regions);
     let stopped = lease.registrations.all_deleted() || !lease.handles.exposed();
     let memory = DirtyMemory {
         steps: take_away_unasked(lease, blocks),

@@ -96,6 +96,14 @@ pub(crate) struct Background {
     thread: Mutex<Option<JoinHandle<()>>>,
 }
 
+/// Runs code of the embedder's, a callback or a logger, which may panic. `None` if it did: what it threw is not dropped, because that
+/// may panic too.
+pub(crate) fn survive<T>(code: impl FnOnce() -> T) -> Option<T> {
+    std::panic::catch_unwind(std::panic::AssertUnwindSafe(code))
+        .map_err(std::mem::forget)
+        .ok()
+}
+
 impl Queue {
     fn chores(&self) -> MutexGuard<'_, Vec<Arc<dyn Chore>>> {
         // The list is changed by single calls only.
@@ -142,10 +150,14 @@ impl Queue {
                 || self.chores().iter().any(|chore| chore.has_work())
         };
         let run = || errand.run(&mut |bytes| self.throttle.allow(bytes, stop));
-        match std::panic::catch_unwind(std::panic::AssertUnwindSafe(run)) {
-            Ok(Some(after)) => self.look_again(after),
-            Ok(None) => {}
-            Err(_) => log::error!("trying shared memory again panicked; it stays in quarantine"),
+        match survive(run) {
+            Some(Some(after)) => self.look_again(after),
+            Some(None) => {}
+            None => {
+                survive(|| {
+                    log::error!("trying shared memory again panicked; it stays in quarantine");
+                });
+            }
         }
     }
 
@@ -171,11 +183,13 @@ impl Queue {
                     || outranked()
             };
             // A panic in an embedder's progress callback: the chore gives itself up, and the others go on.
-            let worked = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
-                chore.work(&mut |bytes| self.throttle.allow(bytes, stop));
-            }));
-            if worked.is_err() {
-                log::error!("background scrubbing panicked; the memory concerned is quarantined");
+            let worked = survive(|| chore.work(&mut |bytes| self.throttle.allow(bytes, stop)));
+            if worked.is_none() {
+                survive(|| {
+                    log::error!(
+                        "background scrubbing panicked; the memory concerned is quarantined"
+                    );
+                });
             }
         }
     }

@@ -234,12 +234,13 @@ impl<S: State> Drop for Blocks<S> {
         if self.extents.is_empty() || S::ACCOUNT == Account::Quarantined {
             return;
         }
+        // A logger may panic.
+        self.ledger
+            .shift(&self.extents, S::ACCOUNT, Account::Quarantined);
         log::error!(
             "blocks dropped in state {}: {:?} quarantined",
             S::NAME,
             self.extents
         );
-        self.ledger
-            .shift(&self.extents, S::ACCOUNT, Account::Quarantined);
     }
 }

@@ -15,6 +15,7 @@ use crate::sync::{Condvar, Mutex, MutexGuard};
 use crate::sys;
 use std::ops::Range;
 use std::sync::{Arc, PoisonError};
+use std::thread::{self, ThreadId};
 use std::time::{Duration, Instant};
 
 /// How long the background thread waits before it tries for the first time; twice as long after each failure.
@@ -93,7 +94,7 @@ impl From<sys::Error> for Kept {
 enum Slot {
     Held(Held),
     /// With a thread that tries to get them back.
-    Tried,
+    Tried(ThreadId),
     /// The blocks are back.
     Empty,
 }
@@ -189,7 +190,12 @@ impl Entry {
     /// for.
     fn take(&self, by: Option<Instant>) -> Option<Attempt<'_>> {
         let mut slot = lock(&self.slot);
-        while let (Slot::Tried, None) = (&*slot, by) {
+        let this = thread::current().id();
+        while let (Slot::Tried(who), None) = (&*slot, by) {
+            // A thread of the VMM's own rayon pool takes other work while it waits for ours, and may come here by that.
+            if *who == this {
+                return None;
+            }
             let waited = self.put_back.wait(slot);
             slot = waited.unwrap_or_else(PoisonError::into_inner);
         }
@@ -200,7 +206,7 @@ impl Entry {
         if for_good || by.is_some_and(|by| by < due) {
             return None;
         }
-        match std::mem::replace(&mut *slot, Slot::Tried) {
+        match std::mem::replace(&mut *slot, Slot::Tried(this)) {
             Slot::Held(held) => Some(Attempt {
                 entry: self,
                 held: Some(held),
@@ -217,7 +223,7 @@ impl Entry {
         match &*lock(&self.slot) {
             Slot::Held(_) => {}
             // Whoever is at it says afterwards.
-            Slot::Tried => return Some(Instant::now() + FIRST_RETRY),
+            Slot::Tried(_) => return Some(Instant::now() + FIRST_RETRY),
             Slot::Empty => return None,
         }
         let about = lock(&self.about);

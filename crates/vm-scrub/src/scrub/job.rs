@@ -219,6 +219,11 @@ impl Job {
         workers.threads()
     }
 
+    /// What could not be accessed so far; for whoever gives it up, when nobody is at it any more.
+    pub(crate) fn take_broken(&self) -> Vec<Broken> {
+        self.tally.take_broken()
+    }
+
     /// Decides. `elapsed` is how long the work took.
     ///
     /// `None` if the job is not done.

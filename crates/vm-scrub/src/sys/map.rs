@@ -118,21 +118,20 @@ pub(crate) unsafe fn map_anonymous(address: *mut u8, len: usize) -> Result<()> {
 ///
 /// # Safety
 /// The range must be a reservation of the caller's, and nobody may hold a Rust reference into it.
-pub(crate) unsafe fn map_shared(
+pub(crate) unsafe fn map_shared_inaccessible(
     address: *mut u8,
     len: usize,
     file: BorrowedFd<'_>,
     offset: u64,
 ) -> Result<()> {
-    let protection = libc::PROT_READ | libc::PROT_WRITE;
     // SAFETY: passed on to the caller.
-    unsafe { map_file(address, len, protection, file, offset) }
+    unsafe { map_file(address, len, libc::PROT_NONE, file, offset) }
 }
 
 /// The same, only readable.
 ///
 /// # Safety
-/// As for [`map_shared`].
+/// As for [`map_shared_inaccessible`].
 pub(crate) unsafe fn map_shared_readable(
     address: *mut u8,
     len: usize,

@@ -157,7 +157,7 @@ impl AnonymousArena {
             remove_guards(window, len)?;
             move_pieces(window, home, len).map_err(|(_, error)| error)?;
             if let Some(isolation) = &self.isolation {
-                isolation.register_again(home, len);
+                isolation.register_again(home, len)?;
             }
             map::make_inaccessible(window, len)?;
         }

@@ -27,7 +27,8 @@ impl Steps<Dirty> {
         }
         let mut populated = Vec::new();
         let mut broken: Vec<Range<usize>> = Vec::new();
-        let mut answered = 0;
+        // Known without asking: found by a job that was given up.
+        let mut answered = self.bytes_known_to_be_broken();
         let mut answer = |residency: Residency| {
             let held: usize = residency.populated.iter().map(Range::len).sum();
             answered += held as u64 + residency.never_populated;
@@ -122,6 +123,16 @@ impl Steps<Dirty> {
                 self.answered -= part.len() as u64;
             }
         }
+    }
+
+    /// How many bytes are in blocks of which something could not be accessed.
+    fn bytes_known_to_be_broken(&self) -> u64 {
+        let is_broken = |part: &Range<usize>| {
+            let lost = self.lost.get(&(part.start as u64 / BLOCK_SIZE));
+            lost.is_some_and(|(reason, _)| *reason == QuarantineReason::MemoryError)
+        };
+        let parts = parts(&self.segments).map(|(_, part)| part);
+        parts.filter(is_broken).map(|part| part.len() as u64).sum()
     }
 
     /// The lease's memory in parts for one question each, without what is lost already.

@@ -114,6 +114,18 @@ impl<S: State> Steps<S> {
         bytes_in(broken.iter().map(|broken| broken.range.clone()))
     }
 
+    /// Quarantines the blocks in which something could not be accessed by a job that was given up.
+    pub(super) fn lose_broken(&mut self, broken: &[Broken]) {
+        self.lose(broken);
+        let shareable = self.file.is_some();
+        let blocks = broken
+            .iter()
+            .map(|broken| broken.range.start as u64 / BLOCK_SIZE);
+        let extents = &self.receipt.blocks;
+        self.blocks
+            .quarantine_blocks(blocks.map(|block| in_books(shareable, extents, block)));
+    }
+
     /// The guest address of an arena offset that belongs to this lease.
     fn guest_address(&self, offset: usize) -> Option<u64> {
         let segment = self

@@ -1,0 +1,138 @@
+//! Code of the embedder's that runs in the middle of the library's, and fails there: dirty bitmaps, callbacks, threads of its own
+//! thread pool.
+
+use std::panic::{AssertUnwindSafe, catch_unwind, panic_any};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, mpsc};
+use std::time::Duration;
+use vm_memory::bitmap::{BS, Bitmap, WithBitmapSlice};
+use vm_memory::{Bytes, MemoryRegionAddress};
+use vm_scrub::{BLOCK_SIZE, LeaseOptions, PageSize};
+use vm_scrub_tests::child::{alone, end_of};
+use vm_scrub_tests::peer::{self, Peer};
+use vm_scrub_tests::{fill, pools, quiesce, regions};
+
+#[test]
+fn peer() {
+    peer::serve();
+}
+
+/// Panics when it is dropped, if it is told to, and nothing else is panicking.
+#[derive(Debug)]
+struct Explosive(bool);
+
+impl Drop for Explosive {
+    fn drop(&mut self) {
+        assert!(!self.0 || std::thread::panicking(), "on purpose");
+    }
+}
+
+impl WithBitmapSlice<'_> for Explosive {
+    type S = ();
+}
+
+impl Bitmap for Explosive {
+    fn mark_dirty(&self, _: usize, _: usize) {}
+
+    fn dirty_at(&self, _: usize) -> bool {
+        false
+    }
+
+    fn slice_at(&self, _: usize) -> BS<'_, Self> {}
+}
+
+/// A lease that is dropped counts who still owns its regions, and so drops bitmaps of those that nobody does.
+#[test]
+fn a_bitmap_that_panics_unmaps_nothing_that_is_in_use() {
+    let test = "a_bitmap_that_panics_unmaps_nothing_that_is_in_use";
+    let Some((status, output)) = end_of(test, || {
+        let builder = pools::builder(PageSize::Base4K, 4);
+        let pool = builder.kept_windows(0).build().unwrap();
+        let layout = regions(&[(0, BLOCK_SIZE), (BLOCK_SIZE, BLOCK_SIZE)]);
+        let lease = pool.lease(&layout).unwrap();
+        let mut first = true;
+        let mut regions = lease.regions(|_| Explosive(std::mem::take(&mut first)));
+        let used = regions.pop().unwrap();
+        used.write_obj(7_u64, MemoryRegionAddress(0)).unwrap();
+        drop(regions);
+        catch_unwind(AssertUnwindSafe(|| drop(lease))).unwrap_err();
+        let value: u64 = used.read_obj(MemoryRegionAddress(0)).unwrap();
+        assert_eq!(value, 7);
+        assert_eq!(pool.accounts().quarantined, 2 * BLOCK_SIZE);
+    }) else {
+        return;
+    };
+    assert!(status.success(), "{status}\n{output}");
+}
+
+/// What a panic throws is dropped by whoever catches it, and may panic again.
+#[test]
+fn a_callback_that_panics_twice_does_not_end_the_background() {
+    let once = AtomicBool::new(true);
+    let pool = pools::builder(PageSize::Base4K, 2)
+        .on_progress(move |_| {
+            if once.swap(false, Ordering::SeqCst) {
+                panic_any(Explosive(true));
+            }
+        })
+        .build()
+        .unwrap();
+    let retire = || {
+        let lease = pool.lease(&regions(&[(0, BLOCK_SIZE)])).unwrap();
+        fill(&lease, 1);
+        let quiesced = quiesce(&lease);
+        lease.retire(quiesced).unwrap()
+    };
+    retire().wait_in_background().unwrap_err();
+    let (done, finished) = mpsc::channel();
+    let next = retire();
+    std::thread::spawn(move || done.send(next.wait_in_background().unwrap().is_proven()));
+    let proven = finished.recv_timeout(Duration::from_secs(30));
+    assert_eq!(proven, Ok(true), "nobody works in the background any more");
+}
+
+/// A thread of the VMM's own rayon pool goes on with other work of that pool while it waits for the library's threads, and that may
+/// ask for memory too.
+#[test]
+fn a_thread_of_the_embedders_pool_does_not_wait_for_itself() {
+    alone(
+        "a_thread_of_the_embedders_pool_does_not_wait_for_itself",
+        || {
+            let pool = pools::builder(PageSize::Base4K, 8)
+                .threads(2)
+                .build()
+                .unwrap();
+            let all = regions(&[(0, 8 * BLOCK_SIZE)]);
+            let shareable = LeaseOptions::new().shareable(true);
+            let lease = pool.lease_with(&all, shareable).unwrap();
+            fill(&lease, 3);
+            let file = Arc::clone(lease.file_offsets()[0].1.arc());
+            let mut peer = Peer::with(&file);
+            peer.map();
+            drop(file);
+            let quiesced = quiesce(&lease);
+            assert!(!lease.teardown(quiesced).unwrap().is_proven());
+            assert_eq!(pool.withheld().len(), 1);
+            let builder = rayon::ThreadPoolBuilder::new().num_threads(1);
+            let of_the_vmm = builder.build().unwrap();
+            let refused = Arc::new(AtomicU64::new(0));
+            for _ in 0..2 {
+                let (pool, refused) = (pool.clone(), Arc::clone(&refused));
+                of_the_vmm.spawn(move || {
+                    // So that the other one is there to be taken.
+                    std::thread::sleep(Duration::from_millis(100));
+                    // Tries the withheld memory again, which is large enough for all threads.
+                    pool.lease(&regions(&[(0, BLOCK_SIZE)])).unwrap_err();
+                    refused.fetch_add(1, Ordering::SeqCst);
+                });
+            }
+            for _ in 0..3000 {
+                if refused.load(Ordering::SeqCst) == 2 {
+                    return;
+                }
+                std::thread::sleep(Duration::from_millis(10));
+            }
+            panic!("they wait for each other");
+        },
+    );
+}
