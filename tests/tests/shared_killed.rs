@@ -1,5 +1,5 @@
-//! A VMM that is killed at any moment while it leases, scrubs and reclaims memory that it shares with another process: what that
-//! one reads afterwards is what that guest wrote, or zeros, and never a byte of another guest's.
+//! A VMM that is killed, or exits, at any moment while it leases, scrubs and reclaims memory that it shares with another process: what
+//! that one reads afterwards is what that guest wrote, or zeros, and never a byte of another guest's.
 //!
 //! This process is the peer. The VMM is this program once more; each of its guests fills its memory with a word of its own.
 
@@ -11,7 +11,7 @@ use std::os::unix::net::UnixStream;
 use std::process::{Child, Command, Stdio};
 use std::ptr;
 use std::sync::Arc;
-use std::thread::{scope, sleep};
+use std::thread::{scope, sleep, spawn};
 use std::time::{Duration, Instant};
 
 use vm_memory::{Bytes, GuestAddress};
@@ -21,7 +21,8 @@ use vm_scrub_tests::numbers::Numbers;
 use vm_scrub_tests::peer::{receive, send};
 use vm_scrub_tests::{HugePages, huge_pages, pools, quiesce, regions};
 
-/// Set in the VMM, to the size of its pages and what its random numbers begin with.
+/// Set in the VMM, to the size of its pages, what its random numbers begin with, and after how many microseconds with a guest it is to
+/// exit, unless it is to be killed.
 const VMM: &str = "VM_SCRUB_TEST_VMM";
 
 const ROUNDS: u64 = 12;
@@ -30,6 +31,12 @@ const ROUNDS: u64 = 12;
 const BLOCKS: u64 = 12;
 const HELD: usize = 6;
 const HUGE_PAGES: u64 = 2 * BLOCKS + 2 * HELD as u64;
+
+/// In microseconds, with a guest: about as long as a VMM takes for a few of them.
+const LONGEST: u64 = 120_000;
+
+/// What a VMM that exits has time for on a busy host.
+const PATIENCE: Duration = Duration::from_secs(30);
 
 const LEN: usize = 2 * BLOCK_SIZE as usize;
 
@@ -41,15 +48,22 @@ fn vmm() {
     let Ok(what) = std::env::var(VMM) else {
         return;
     };
-    let (size, seed) = what.split_once(' ').unwrap();
-    let page_size = if size == "huge" {
+    let what: Vec<&str> = what.split(' ').collect();
+    let page_size = if what[0] == "huge" {
         PageSize::Huge2M
     } else {
         PageSize::Base4K
     };
     // SAFETY: standard input is the socket, and nothing else here reads or writes it.
     let socket = unsafe { UnixStream::from_raw_fd(0) };
-    run(page_size, Numbers(seed.parse().unwrap()), socket);
+    let numbers = Numbers(what[1].parse().unwrap());
+    let exit_after = what.get(2).map(|micros| micros.parse().unwrap());
+    run(
+        page_size,
+        numbers,
+        socket,
+        exit_after.map(Duration::from_micros),
+    );
 }
 
 /// Fills all of a lease with a guest's word.
@@ -64,8 +78,13 @@ fn fill(lease: &Lease, number: u64) {
     }
 }
 
-/// What the VMM does until it is killed.
-fn run(page_size: PageSize, mut numbers: Numbers, mut socket: UnixStream) {
+/// What the VMM does until it is killed or exits.
+fn run(
+    page_size: PageSize,
+    mut numbers: Numbers,
+    mut socket: UnixStream,
+    mut exit_after: Option<Duration>,
+) {
     let pool = pools::builder(page_size, BLOCKS).build().unwrap();
     let mut live: Vec<Lease> = Vec::new();
     for guest in 0.. {
@@ -83,6 +102,13 @@ fn run(page_size: PageSize, mut numbers: Numbers, mut socket: UnixStream) {
             }
             send(&socket, file.as_raw_fd());
             drop(file);
+            if let Some(moment) = exit_after.take() {
+                // As when a signal or the VMM's API says so: nobody tells this thread, nor the pool's.
+                spawn(move || {
+                    sleep(moment);
+                    std::process::exit(0);
+                });
+            }
             fill(&lease, number);
             live.push(lease);
         }
@@ -181,20 +207,37 @@ impl Drop for Held {
 struct Vmm(Child);
 
 impl Vmm {
-    fn start(page_size: PageSize, seed: u64) -> (Self, UnixStream) {
+    fn start(page_size: PageSize, seed: u64, exit_after: Option<u64>) -> (Self, UnixStream) {
         let (socket, theirs) = UnixStream::pair().unwrap();
         let size = match page_size {
             PageSize::Huge2M => "huge",
             _ => "base",
         };
+        let mut what = format!("{size} {seed}");
+        if let Some(micros) = exit_after {
+            what += &format!(" {micros}");
+        }
         let process = Command::new(std::env::current_exe().unwrap())
             .args(["vmm", "--exact", "--nocapture", "--test-threads=1"])
-            .env(VMM, format!("{size} {seed}"))
+            .env(VMM, what)
             .stdin(Stdio::from(OwnedFd::from(theirs)))
             .stdout(Stdio::null())
             .spawn()
             .unwrap();
         (Self(process), socket)
+    }
+
+    /// Waits for it to exit as it was told to. Panics, and kills it, if it does not, or in another way.
+    fn wait_for_exit(mut self) {
+        let late = Instant::now() + PATIENCE;
+        loop {
+            if let Some(status) = self.0.try_wait().unwrap() {
+                assert_eq!(status.code(), Some(0), "{status}");
+                return;
+            }
+            assert!(Instant::now() < late, "it exits for {PATIENCE:?}");
+            sleep(Duration::from_millis(1));
+        }
     }
 }
 
@@ -212,7 +255,13 @@ fn next(mut socket: &UnixStream) -> Option<(u64, File)> {
     Some((u64::from_ne_bytes(number), receive(socket.as_raw_fd())?))
 }
 
-fn the_vmm_is_killed_at_any_moment(page_size: PageSize) {
+#[derive(Clone, Copy, PartialEq)]
+enum Ending {
+    Killed,
+    Exits,
+}
+
+fn the_vmm_ends_at_any_moment(page_size: PageSize, ending: Ending) {
     let _watchdog = watchdog(Duration::from_secs(240));
     let before = huge_pages::free();
     let (mut guests, mut written, mut empty) = (0, 0, 0);
@@ -222,17 +271,21 @@ fn the_vmm_is_killed_at_any_moment(page_size: PageSize) {
             break;
         }
         let mut numbers = Numbers(0x5eed_0000 + round);
-        let (vmm, socket) = Vmm::start(page_size, round);
+        let moment = numbers.below(LONGEST);
+        let exit_after = (ending == Ending::Exits).then_some(moment);
+        let (vmm, socket) = Vmm::start(page_size, round, exit_after);
         let mut held: Vec<Held> = Vec::new();
         scope(|scope| {
             let mut vmm = Some(vmm);
             while let Some((number, file)) = next(&socket) {
                 guests += 1;
                 if let Some(vmm) = vmm.take() {
-                    let moment = Duration::from_micros(numbers.below(120_000));
-                    scope.spawn(move || {
-                        sleep(moment);
-                        drop(vmm);
+                    scope.spawn(move || match ending {
+                        Ending::Killed => {
+                            sleep(Duration::from_micros(moment));
+                            drop(vmm);
+                        }
+                        Ending::Exits => vmm.wait_for_exit(),
                     });
                 }
                 held.push(Held::new(number, file, numbers.below(4) == 0));
@@ -267,13 +320,26 @@ fn the_vmm_is_killed_at_any_moment(page_size: PageSize) {
 
 #[test]
 fn the_vmm_is_killed_at_any_moment_4k() {
-    the_vmm_is_killed_at_any_moment(PageSize::Base4K);
+    the_vmm_ends_at_any_moment(PageSize::Base4K, Ending::Killed);
+}
+
+/// Its threads go on while one of them runs what is to be run at the end.
+#[test]
+fn the_vmm_exits_at_any_moment_4k() {
+    the_vmm_ends_at_any_moment(PageSize::Base4K, Ending::Exits);
 }
 
 /// No other test has any pages meanwhile, so that they can be counted.
 #[test]
 fn the_vmm_is_killed_at_any_moment_2m() {
     if let Some(_reserved) = HugePages::reserve_alone(HUGE_PAGES) {
-        the_vmm_is_killed_at_any_moment(PageSize::Huge2M);
+        the_vmm_ends_at_any_moment(PageSize::Huge2M, Ending::Killed);
+    }
+}
+
+#[test]
+fn the_vmm_exits_at_any_moment_2m() {
+    if let Some(_reserved) = HugePages::reserve_alone(HUGE_PAGES) {
+        the_vmm_ends_at_any_moment(PageSize::Huge2M, Ending::Exits);
     }
 }
