@@ -177,7 +177,8 @@ impl Ticket {
         matches!(&*self.retired.state(), State::Finished(_) | State::GivenUp)
     }
 
-    /// Makes it more or less urgent than what else is waiting, within a millisecond.
+    /// Makes it more or less urgent than what else is waiting: the background heeds it after 256 KiB at most, which takes less than a
+    /// millisecond of its thread. That runs at the lowest priority; where all processors are busy it may have to wait for one first.
     pub fn set_priority(&self, priority: Priority) {
         self.retired
             .priority
@@ -210,7 +211,8 @@ impl Ticket {
         self.retired.take_outcome()
     }
 
-    /// Stops scrubbing within a millisecond and hands the memory back, dirty.
+    /// Stops scrubbing and hands the memory back, dirty. Waits for whoever is at a piece of it: that takes less than a millisecond, if
+    /// the background thread, which runs at the lowest priority, has a processor to finish its piece on.
     ///
     /// What cannot be handed back dirty is [`Cancelled::Finished`]: above all the memory of a shareable lease that is sealed already,
     /// which stays in quarantine until it has been read back. One step cannot be stopped: when a shareable lease was read back and found
