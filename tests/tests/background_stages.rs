@@ -159,19 +159,28 @@ fn what_could_not_be_sealed_is_zeroed_again_at_the_same_pace(page_size: PageSize
 
 /// Only a peer may let go in a moment.
 fn what_cannot_be_sealed_is_not_tried_again(page_size: PageSize) {
-    let (pool, clock) = crawling_pool(page_size, 2);
-    let ticket = retire(lease(&pool, true));
-    work_until(&clock, &ticket, 2 * PIECE);
-    // Who waits seals, on its own thread.
-    let fault = inject(Call::AddSeals, 0, u32::MAX, libc::EPERM);
-    let receipt = ticket.wait().unwrap();
-    assert_eq!(fault.hits(), 1);
-    drop(fault);
-    assert_adds_up(&receipt);
-    assert_eq!(receipt.bytes_quarantined, BLOCK_SIZE);
-    assert_eq!(receipt.quarantined[0].reason, QuarantineReason::NotSealed);
-    assert_eq!(pool.reclaim(), BLOCK_SIZE);
-    assert_nothing_dirty_left(&pool);
+    // Calls fail on this thread, which seals when it waits, unless the background thread, just awake, comes first.
+    for _ in 0..100 {
+        let (pool, clock) = crawling_pool(page_size, 2);
+        let ticket = retire(lease(&pool, true));
+        work_until(&clock, &ticket, 2 * PIECE);
+        let fault = inject(Call::AddSeals, 0, u32::MAX, libc::EPERM);
+        let receipt = ticket.wait().unwrap();
+        let tried = fault.hits();
+        drop(fault);
+        assert_adds_up(&receipt);
+        if tried == 0 {
+            assert!(receipt.is_proven());
+            continue;
+        }
+        assert_eq!(tried, 1);
+        assert_eq!(receipt.bytes_quarantined, BLOCK_SIZE);
+        assert_eq!(receipt.quarantined[0].reason, QuarantineReason::NotSealed);
+        assert_eq!(pool.reclaim(), BLOCK_SIZE);
+        assert_nothing_dirty_left(&pool);
+        return;
+    }
+    panic!("the background thread always came first");
 }
 
 fn a_second_chance_is_work_like_any_other(page_size: PageSize) {

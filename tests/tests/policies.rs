@@ -88,6 +88,8 @@ fn a_measured_loop_comes_with_its_rates_and_a_named_one_without() {
     );
     assert!(rates.iter().all(|rate| rate.operation == Operation::Verify));
     assert_eq!(rates.len(), VerifyLoop::available().count());
+    // Nothing zeroes or reads megabytes in a microsecond.
+    assert!(receipt.steps.scrub_ns > 1000 && receipt.steps.verify_ns > 1000);
 
     for zero_loop in ZeroLoop::available() {
         let pool = with(Policy::new().zero_loop(zero_loop));

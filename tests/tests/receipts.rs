@@ -4,9 +4,12 @@ use serde_json::{Value, json};
 use vm_scrub::test_support::{Sabotage, build_sabotaged};
 use vm_scrub::{Accounts, BLOCK_SIZE, PageSize, Policy, ScrubReceipt, Verify};
 use vm_scrub_tests::maps::has_uffdio_move;
-use vm_scrub_tests::{fill, on_every_page_size, pool, pools, regions, teardown};
+use vm_scrub_tests::{
+    fill, on_every_page_size, on_small_page_sizes, pool, pools, regions, teardown,
+};
 
 on_every_page_size!(a_proven_receipt: 4);
+on_small_page_sizes!(memory_in_several_places);
 
 /// To JSON and back, checking that it is the same afterwards.
 fn there_and_back(receipt: &ScrubReceipt) -> Value {
@@ -126,6 +129,24 @@ fn a_proven_receipt(page_size: PageSize) {
     assert!(receipt.steps.scrub_ns > 0 && receipt.steps.verify_ns > 0);
     // After the year 2020, in milliseconds.
     assert!(receipt.ended_unix_ms > 1_577_836_800_000);
+}
+
+/// A region is one range to the guest, wherever in the pool its blocks are.
+fn memory_in_several_places(page_size: PageSize) {
+    let builder = pools::builder(page_size, 4);
+    let pool = build_sabotaged(builder, Sabotage::SkipScrub).unwrap();
+    let block = || pool.lease(&regions(&[(0, BLOCK_SIZE)])).unwrap();
+    let (first, _second, third, _fourth) = (block(), block(), block(), block());
+    // Nothing in them, so nothing that is not zeroed.
+    assert!(teardown(first).is_proven() && teardown(third).is_proven());
+    let bytes = 2 * BLOCK_SIZE - 4096;
+    let lease = pool.lease(&regions(&[(1 << 32, bytes)])).unwrap();
+    assert_eq!(lease.blocks().len(), 2, "apart");
+    fill(&lease, 1);
+    let receipt = teardown(lease);
+    let quarantined = &receipt.quarantined;
+    assert_eq!(quarantined[0].guest_address, 1 << 32);
+    assert_eq!(receipt.bytes_quarantined, bytes);
 }
 
 #[test]

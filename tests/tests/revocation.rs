@@ -7,6 +7,7 @@ use vm_memory::{Bytes, GuestAddress};
 use vm_scrub::lease::QuarantineReason;
 use vm_scrub::test_support::{Call, FaultGuard, inject, inject_short};
 use vm_scrub::{BLOCK_SIZE, PageSize, Pool, PoolBuilder, PoolError, Revocation, RevokeBy};
+use vm_scrub_tests::child::alone;
 use vm_scrub_tests::maps::{has_uffdio_move, mappings, revocation};
 use vm_scrub_tests::{
     PAGE, assert_nothing_dirty_left, fill, logs, on_small_page_sizes, pools, regions, smear,
@@ -15,6 +16,8 @@ use vm_scrub_tests::{
 
 on_small_page_sizes!(
     where_the_host_does_not_move_there_is_mremap_or_an_error,
+    whoever_asks_for_mremap_gets_it,
+    what_asks_for_populated_pages_is_open_before_there_is_a_pool,
     a_page_that_is_busy_once_is_tried_again,
     a_page_that_stays_busy_is_quarantined_and_the_next_guest_is_not_told,
     a_move_that_fails_for_another_reason_is_made_without_proof,
@@ -40,6 +43,36 @@ fn moving(page_size: PageSize, blocks: u64) -> Option<Pool> {
     }
     let builder = builder(page_size, blocks).revoke_by(RevokeBy::Move);
     Some(builder.build().unwrap())
+}
+
+fn whoever_asks_for_mremap_gets_it(page_size: PageSize) {
+    let builder = builder(page_size, 2).revoke_by(RevokeBy::Mremap);
+    let pool = builder.build().unwrap();
+    assert_eq!(pool.revocation(), Revocation::Mremap);
+    let lease = pool.lease(&regions(&[(0, 2 * BLOCK_SIZE)])).unwrap();
+    fill(&lease, 1);
+    let receipt = teardown(lease);
+    assert!(receipt.is_proven());
+    assert_eq!(receipt.revocation, Revocation::Mremap);
+}
+
+/// A VMM may lock itself in as soon as it has its pools.
+fn what_asks_for_populated_pages_is_open_before_there_is_a_pool(page_size: PageSize) {
+    let test = format!(
+        "what_asks_for_populated_pages_is_open_before_there_is_a_pool::{}",
+        match page_size {
+            PageSize::Base4K => "base_4k",
+            _ => "transparent",
+        }
+    );
+    // It is opened once in a process.
+    alone(&test, || {
+        let builder = builder(page_size, 2).revoke_by(RevokeBy::Mremap);
+        let _pool = builder.build().unwrap();
+        let opened = std::fs::read_dir("/proc/self/fd").unwrap();
+        let mut files = opened.filter_map(|file| std::fs::read_link(file.unwrap().path()).ok());
+        assert!(files.any(|file| file.ends_with("pagemap")));
+    });
 }
 
 fn where_the_host_does_not_move_there_is_mremap_or_an_error(page_size: PageSize) {

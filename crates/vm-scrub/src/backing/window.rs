@@ -294,6 +294,28 @@ mod tests {
     }
 
     #[test]
+    fn the_first_window_is_aligned_wherever_the_kernel_puts_the_reservation() {
+        let odd = BLOCK + 4096;
+        let mut starts = Vec::new();
+        for _ in 0..8 {
+            let uncut = Uncut::reserve(odd).unwrap();
+            let start = uncut.reservation.start.0.addr();
+            assert!((start + uncut.next).is_multiple_of(BLOCK));
+            assert!((BLOCK..2 * BLOCK).contains(&uncut.next));
+            assert!(uncut.next + odd <= uncut.reservation.len);
+            starts.push((start, uncut));
+        }
+        assert!(starts.iter().any(|(start, _)| !start.is_multiple_of(BLOCK)));
+    }
+
+    #[test]
+    fn a_window_that_is_larger_than_a_shared_reservation_has_its_own() {
+        let space = WindowSpace::new(SHARED);
+        let window = space.open(100 * BLOCK).unwrap();
+        assert_eq!(window.len(), 100 * BLOCK);
+    }
+
+    #[test]
     fn windows_that_are_gone_are_few_mappings() {
         let space = WindowSpace::new(SHARED);
         for _ in 0..256 {
@@ -355,6 +377,8 @@ mod tests {
         drop(once);
         assert_eq!(space.lock().oldest_first.len(), 2);
         assert_eq!(addresses(&space.lock().oldest_first[0]), second);
+        let kept: usize = space.lock().oldest_first.iter().map(Window::taken).sum();
+        assert_eq!(space.lock().bytes, kept);
 
         let _always = fault::inject(fault::Call::Mmap, 0, u32::MAX, libc::ENOMEM);
         let error = space.open(BLOCK).unwrap_err();

@@ -183,6 +183,24 @@ mod tests {
     }
 
     #[test]
+    fn blocks_that_were_not_revoked_are_not_asked_about() {
+        use QuarantineReason::{MemoryError, NotRevoked, PinnedOrShared, ResidencyUnknown};
+        let segments = [segment(0, 2, 4 * BLOCK), segment(0, 9, BLOCK + PAGE)];
+        let all = 5 * BLOCK_SIZE + PAGE as u64;
+        assert_eq!(asked_about(&segments, &Lost::new()), all);
+        for reason in [NotRevoked, PinnedOrShared, ResidencyUnknown] {
+            let lost = |block| Lost::from([(block, (reason, String::new()))]);
+            assert_eq!(asked_about(&segments, &lost(3)), all - BLOCK_SIZE);
+            assert_eq!(asked_about(&segments, &lost(10)), all - PAGE as u64);
+            // Not of this lease.
+            assert_eq!(asked_about(&segments, &lost(0)), all);
+        }
+        // The kernel has said that it is broken.
+        let broken = Lost::from([(3, (MemoryError, String::new()))]);
+        assert_eq!(asked_about(&segments, &broken), all);
+    }
+
+    #[test]
     fn neighbours_with_the_same_reason_are_one_range() {
         let segments = [
             segment(1 << 30, 4, 3 * BLOCK),

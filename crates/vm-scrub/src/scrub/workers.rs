@@ -146,6 +146,7 @@ mod tests {
         let workers = Workers::start(2, None).unwrap();
         let who = |_| std::thread::current().id();
         assert_eq!(workers.map(1, who), [me]);
+        assert_eq!((workers.threads(), Workers::caller().threads()), (2, 1));
         assert!(workers.map(2, who).iter().all(|worker| *worker != me));
         assert_eq!(workers.map(3, |number| number), [0, 1, 2]);
     }

@@ -2,6 +2,14 @@
 
 use super::*;
 
+#[test]
+fn what_was_measured_on_is_unmapped() {
+    let mut seen = std::collections::BTreeSet::new();
+    let address = || Scratch::populate(SMALLEST).unwrap().bytes().as_ptr().addr();
+    // Other tests may be given the same addresses meanwhile.
+    assert!((0..100).any(|_| !seen.insert(address())));
+}
+
 fn measured(loops: Loops, bytes: usize, cost: f64) -> Measured {
     Measured { bytes, loops, cost }
 }
