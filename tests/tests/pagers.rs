@@ -42,8 +42,14 @@ fn supply(start: u64, len: u64) {
     let pager: RawFd = unsafe {
         let pager = libc::syscall(libc::SYS_userfaultfd, libc::O_CLOEXEC) as RawFd;
         assert!(pager >= 0);
-        assert_eq!(libc::ioctl(pager, request(0x3f, 24), api.as_mut_ptr()), 0);
-        assert_eq!(libc::ioctl(pager, request(0, 32), register.as_mut_ptr()), 0);
+        assert_eq!(
+            libc::ioctl(pager, request(0x3f, 24) as _, api.as_mut_ptr()),
+            0
+        );
+        assert_eq!(
+            libc::ioctl(pager, request(0, 32) as _, register.as_mut_ptr()),
+            0
+        );
         pager
     };
     std::thread::spawn(move || {
@@ -57,7 +63,7 @@ fn supply(start: u64, len: u64) {
                 let from = PAGE_OF_SECRETS.0.as_ptr().addr() as u64;
                 let mut copy = [to, from, PAGE as u64, 0, 0];
                 // SAFETY: the structure is live, and the page is static. Where it goes is for the kernel to check.
-                unsafe { libc::ioctl(pager, request(3, 40), copy.as_mut_ptr()) };
+                unsafe { libc::ioctl(pager, request(3, 40) as _, copy.as_mut_ptr()) };
             }
         }
     });

@@ -228,7 +228,11 @@ impl Model {
             TicketWay::Wait => Some(ticket.wait()),
             TicketWay::WaitInBackground => Some(ticket.wait_in_background()),
             TicketWay::Cancel => match ticket.cancel() {
-                Cancelled::Finished(outcome) => Some(*outcome),
+                Cancelled::Finished(outcome) => {
+                    // What was sealed just now is in quarantine until somebody has read it back.
+                    gone.may_lose |= gone.shareable;
+                    Some(*outcome)
+                }
                 Cancelled::Dirty(memory) => {
                     self.in_hand.push((Stage::Dirty(*memory), gone));
                     return;
