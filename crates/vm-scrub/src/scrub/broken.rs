@@ -134,6 +134,6 @@ mod tests {
             parts(&[broken(100..110), broken(190..200)]),
             from_ref(&(110..190))
         );
-        assert_eq!(parts(&[broken(100..200)]), []);
+        assert!(parts(&[broken(100..200)]).is_empty());
     }
 }
