@@ -28,7 +28,12 @@ fn a_pool_is_built(page_size: PageSize) {
     for (node, populate) in without.into_iter().chain(on_node) {
         let mut calls = vec![Call::Mmap, Call::Madvise];
         if page_size == PageSize::Huge2M {
-            calls.extend([Call::MemfdCreate, Call::Ftruncate, Call::Fstat]);
+            calls.extend([
+                Call::MemfdCreate,
+                Call::Ftruncate,
+                Call::Fstat,
+                Call::Mprotect,
+            ]);
         } else {
             // What finds pins. Without it there is a pool nevertheless.
             calls.extend([
@@ -91,8 +96,14 @@ fn a_guest_is_leased(page_size: PageSize) {
     let populated = page_size == PageSize::Huge2M;
     for populate in [false].into_iter().chain(populated.then_some(true)) {
         let calls: &[Call] = match (page_size, populate) {
-            (PageSize::Huge2M, true) => &[Call::Fstat, Call::Mmap, Call::Madvise, Call::Populate],
-            (PageSize::Huge2M, false) => &[Call::Fstat, Call::Mmap, Call::Madvise],
+            (PageSize::Huge2M, true) => &[
+                Call::Fstat,
+                Call::Mmap,
+                Call::Mprotect,
+                Call::Madvise,
+                Call::Populate,
+            ],
+            (PageSize::Huge2M, false) => &[Call::Fstat, Call::Mmap, Call::Mprotect, Call::Madvise],
             // The window is cut from what was reserved for the neighbour.
             _ => &[Call::Mremap],
         };

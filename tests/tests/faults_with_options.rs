@@ -34,7 +34,13 @@ fn calls(page_size: PageSize, with: &[Call]) -> Vec<Call> {
 
 fn a_guest_is_leased_from_checked_memory(page_size: PageSize) {
     let calls: &[Call] = match page_size {
-        PageSize::Huge2M => &[Call::Fstat, Call::Mmap, Call::Madvise, Call::Populate],
+        PageSize::Huge2M => &[
+            Call::Fstat,
+            Call::Mmap,
+            Call::Mprotect,
+            Call::Madvise,
+            Call::Populate,
+        ],
         _ => &[
             Call::Mremap,
             Call::PagemapOpen,

@@ -74,6 +74,7 @@ fn a_guest_is_leased(page_size: PageSize) {
             Call::Fstat,
             Call::AddSeals,
             Call::Mmap,
+            Call::Mprotect,
             Call::Madvise,
         ];
         if populate || page_size == PageSize::Huge2M {
@@ -115,6 +116,7 @@ fn of_teardown(page_size: PageSize) -> &'static [Call] {
     match page_size {
         PageSize::Huge2M => &[
             Call::Mmap,
+            Call::Mprotect,
             Call::Madvise,
             Call::Fstat,
             Call::AddSeals,
@@ -124,6 +126,7 @@ fn of_teardown(page_size: PageSize) -> &'static [Call] {
         ],
         _ => &[
             Call::Mmap,
+            Call::Mprotect,
             Call::Madvise,
             Call::Fstat,
             Call::AddSeals,
