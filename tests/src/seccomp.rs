@@ -25,8 +25,8 @@ pub fn number(name: &str) -> Option<libc::c_long> {
     let known = numbers![
         SYS_brk SYS_clock_gettime SYS_clock_nanosleep SYS_clone SYS_clone3 SYS_close SYS_exit SYS_exit_group SYS_fcntl
         SYS_fstat SYS_ftruncate SYS_futex SYS_getpid SYS_getrandom SYS_gettid SYS_ioctl SYS_lseek SYS_madvise SYS_mbind
-        SYS_memfd_create SYS_mlock2 SYS_mmap SYS_mprotect SYS_mremap SYS_munlock SYS_munmap SYS_nanosleep SYS_openat SYS_prctl
-        SYS_pread64 SYS_prlimit64 SYS_read SYS_restart_syscall SYS_rseq SYS_rt_sigprocmask SYS_rt_sigreturn
+        SYS_memfd_create SYS_mlock2 SYS_mmap SYS_mprotect SYS_mremap SYS_munlock SYS_munmap SYS_nanosleep SYS_openat
+        SYS_pkey_mprotect SYS_prctl SYS_pread64 SYS_prlimit64 SYS_read SYS_restart_syscall SYS_rseq SYS_rt_sigprocmask SYS_rt_sigreturn
         SYS_sched_getaffinity SYS_sched_setaffinity SYS_sched_yield SYS_set_robust_list SYS_setpriority SYS_sigaltstack
         SYS_statx SYS_tgkill SYS_userfaultfd SYS_write
     ];

@@ -67,7 +67,11 @@ pub fn walk_calls(
     let expected = expected.iter().copied();
     let here = |call: &Call| match call {
         Call::PagemapScan => has_pagemap_scan(),
-        Call::UffdApi | Call::UffdRegister | Call::UffdMove | Call::Munlock => has_uffdio_move(),
+        Call::UffdApi
+        | Call::UffdRegister
+        | Call::UffdUnregister
+        | Call::UffdMove
+        | Call::Munlock => has_uffdio_move(),
         _ => true,
     };
     let expected = expected.filter(here);

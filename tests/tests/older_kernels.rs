@@ -5,8 +5,9 @@
 
 use vm_scrub::lease::QuarantineReason;
 use vm_scrub::test_support::{Call, inject};
-use vm_scrub::{BLOCK_SIZE, PageSize, Policy, PoolBuilder, PoolError, scrub_raw};
+use vm_scrub::{BLOCK_SIZE, LeaseOptions, PageSize, Policy, PoolBuilder, PoolError, scrub_raw};
 use vm_scrub_tests::child::alone;
+use vm_scrub_tests::logs;
 use vm_scrub_tests::maps::populated_bytes;
 use vm_scrub_tests::{
     HugePages, assert_all_zero, assert_nothing_dirty_left, fill, huge_pages, on_every_page_size,
@@ -71,6 +72,37 @@ fn without_madv_populate_write_a_hugetlb_page_that_is_gone_is_quarantined() {
     assert!(range.detail.contains(Call::Touch.name()), "{range:?}");
     drop(other);
     assert_nothing_dirty_left(&pool);
+}
+
+/// Linux 5.14. Hugetlb pages of a sealed file are read without having been asked for.
+#[test]
+fn without_madv_populate_read() {
+    let Some(_reserved) = HugePages::reserve_alone(8) else {
+        return;
+    };
+    let pool = builder(PageSize::Huge2M).build().unwrap();
+    let options = LeaseOptions::new().shareable(true);
+    let lease = pool.lease_with(&regions(&WHOLE), options).unwrap();
+    fill(&lease, 1);
+    let missing = inject(Call::PopulateRead, 0, u32::MAX, libc::EINVAL);
+    let receipt = teardown(lease);
+    assert!(missing.hits() > 0);
+    drop(missing);
+    assert!(receipt.is_proven(), "{receipt:?}");
+    assert_eq!(receipt.bytes_verified, receipt.bytes_total);
+    assert_nothing_dirty_left(&pool);
+}
+
+/// An operator sees in the log what a kernel has, and not for each pool again.
+#[test]
+fn what_the_kernel_has_is_logged_once() {
+    alone("what_the_kernel_has_is_logged_once", || {
+        for expected in [true, false] {
+            logs::listen();
+            drop(builder(PageSize::Base4K).build().unwrap());
+            assert_eq!(logs::heard(log::Level::Info, "the kernel has "), expected);
+        }
+    });
 }
 
 /// A kernel that was built without hugetlb pages, or without those of 2 MiB.

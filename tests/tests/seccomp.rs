@@ -28,6 +28,7 @@ on_every_page_size!(
 on_small_page_sizes!(
     without_mremap,
     without_mprotect,
+    without_pkey_mprotect,
     without_ioctl,
     pools_that_lock_their_memory,
     without_mlock2,
@@ -219,8 +220,14 @@ fn without_fcntl_a_shareable_lease_is_not_sealed(page_size: PageSize) {
     });
 }
 
-/// The kernel refuses `refused`, which a teardown needs: all of the guest is lost for `reason`, and nobody gets a byte of it.
-fn without(refused: &str, test: &str, page_size: PageSize, reason: QuarantineReason) {
+/// The kernel refuses `refused`, which a teardown needs, and what could be called instead of it: all of the guest is lost for
+/// `reason`, and nobody gets a byte of it.
+fn without(
+    [refused, instead]: [&str; 2],
+    test: &str,
+    page_size: PageSize,
+    reason: QuarantineReason,
+) {
     alone(&name(test, page_size), || {
         let own = listed("vm-scrub", &["teardown"], page_size);
         assert!(own.contains(refused), "{refused} is not listed: {own:?}");
@@ -230,7 +237,7 @@ fn without(refused: &str, test: &str, page_size: PageSize, reason: QuarantineRea
         let quiesced = quiesce(&lease);
         filter(
             &allowed(&["lease", "teardown"], page_size),
-            &[number(refused)],
+            &[number(refused), number(instead)],
         );
 
         let receipt = lease.teardown(quiesced).unwrap();
@@ -256,12 +263,27 @@ fn without(refused: &str, test: &str, page_size: PageSize, reason: QuarantineRea
 
 fn without_mremap(page_size: PageSize) {
     let reason = QuarantineReason::NotRevoked;
-    without("mremap", "without_mremap", page_size, reason);
+    without(["mremap"; 2], "without_mremap", page_size, reason);
 }
 
 fn without_mprotect(page_size: PageSize) {
     let reason = QuarantineReason::NotRevoked;
-    without("mprotect", "without_mprotect", page_size, reason);
+    let calls = ["mprotect", "pkey_mprotect"];
+    without(calls, "without_mprotect", page_size, reason);
+}
+
+/// Filters are older than the call.
+fn without_pkey_mprotect(page_size: PageSize) {
+    alone(&name("without_pkey_mprotect", page_size), || {
+        let pool = pool(page_size, 8);
+        let lease = guest(&pool, page_size);
+        fill(&lease, 1);
+        let calls = allowed(&["lease", "teardown"], page_size);
+        filter(&calls, &[number("pkey_mprotect")]);
+        assert!(teardown(lease).is_proven());
+        assert_all_zero(&guest(&pool, page_size));
+        done();
+    });
 }
 
 fn without_madvise(page_size: PageSize) {
@@ -270,12 +292,12 @@ fn without_madvise(page_size: PageSize) {
         PageSize::Huge2M => QuarantineReason::ResidencyUnknown,
         _ => QuarantineReason::NotRevoked,
     };
-    without("madvise", "without_madvise", page_size, reason);
+    without(["madvise"; 2], "without_madvise", page_size, reason);
 }
 
 fn without_ioctl(page_size: PageSize) {
     let reason = QuarantineReason::ResidencyUnknown;
-    without("ioctl", "without_ioctl", page_size, reason);
+    without(["ioctl"; 2], "without_ioctl", page_size, reason);
 }
 
 /// A pool that locks its memory, or a word about why there is none.

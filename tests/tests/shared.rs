@@ -10,11 +10,11 @@ use vm_scrub::lease::QuarantineReason;
 use vm_scrub::{
     BLOCK_SIZE, Lease, LeaseOptions, PageSize, Pool, Revocation, ScrubReceipt, Withheld,
 };
-use vm_scrub_tests::maps::is_readable;
+use vm_scrub_tests::maps::{is_readable, populated_bytes};
 use vm_scrub_tests::peer::{self, Peer};
 use vm_scrub_tests::{
-    assert_all_zero, assert_nothing_dirty_left, fill, on_every_page_size, pool, quiesce, regions,
-    smear, teardown,
+    assert_all_zero, assert_nothing_dirty_left, fill, on_every_page_size, pool, pools, quiesce,
+    regions, smear, teardown,
 };
 
 /// Blocks of each pool, and of each guest.
@@ -32,6 +32,7 @@ on_every_page_size!(
     a_lease_that_needs_it_gets_it_back: 6,
     a_retired_lease_is_sealed_too: 6,
     a_pool_lends_its_own_memory_meanwhile: 3,
+    a_pool_that_is_populated_stays_so: 3,
 );
 
 #[test]
@@ -332,6 +333,30 @@ fn a_pool_lends_its_own_memory_meanwhile(page_size: PageSize) {
         let shareable = lease(&pool);
         fill(&shareable, round);
         proven(&teardown(shareable));
+    }
+    assert_back(&pool);
+}
+
+/// No guest waits for the kernel in a pool that was populated up front, neither does one that comes after a shareable lease.
+fn a_pool_that_is_populated_stays_so(page_size: PageSize) {
+    let builder = pools::builder(page_size, BLOCKS).populate(true);
+    let pool = builder.build().unwrap();
+    for round in 1..4 {
+        let shareable = lease(&pool);
+        fill(&shareable, round);
+        proven(&teardown(shareable));
+        let ordinary = pool.lease(&regions(&GUEST)).unwrap();
+        for (region, start) in ordinary.host_addresses() {
+            let window = start.addr()..start.addr() + region.bytes as usize;
+            assert_eq!(populated_bytes(window), region.bytes);
+        }
+        fill(&ordinary, round);
+        let receipt = teardown(ordinary);
+        assert!(receipt.is_proven());
+        assert_eq!(
+            receipt.revocation,
+            vm_scrub_tests::maps::revocation(page_size)
+        );
     }
     assert_back(&pool);
 }

@@ -179,8 +179,14 @@ fn a_guest_is_torn_down(page_size: PageSize) {
 
 /// What a lease that is dropped does by itself. Nobody has seen this one, so it is scrubbed.
 fn a_guest_is_dropped(page_size: PageSize) {
-    walk_calls(of_teardown(page_size), |faults, call, errno, _| {
-        let (pool, neighbour) = neighbour(page_size, false);
+    // The pool's own memory is supplied again where it was before.
+    let populate = page_size == PageSize::Base4K;
+    let mut calls = of_teardown(page_size).to_vec();
+    if populate {
+        calls.extend([Call::UffdUnregister, Call::Populate, Call::UffdRegister]);
+    }
+    walk_calls(&calls, |faults, call, errno, _| {
+        let (pool, neighbour) = neighbour(page_size, populate);
         let lease = shareable(&pool).unwrap();
         let guard = faults();
         drop(lease);

@@ -7,11 +7,11 @@ use std::os::fd::AsRawFd;
 use std::sync::{Arc, Mutex};
 use vm_scrub::lease::QuarantineReason;
 use vm_scrub::test_support::{Call, inject};
-use vm_scrub::{BLOCK_SIZE, Lease, LeaseOptions, PageSize, Pool, ScrubReceipt};
+use vm_scrub::{BLOCK_SIZE, Lease, LeaseOptions, PageSize, Pool, Progress, ScrubReceipt};
 use vm_scrub_tests::guest::fill_range;
 use vm_scrub_tests::{
-    PAGE, assert_nothing_dirty_left, on_every_page_size, on_small_page_sizes, pools, regions,
-    teardown,
+    PAGE, assert_nothing_dirty_left, on_every_page_size, on_small_page_sizes, pools, quiesce,
+    regions, teardown,
 };
 
 on_every_page_size!(
@@ -58,14 +58,37 @@ fn torn_down(page_size: PageSize, bytes: u64, offset: u64, busy: u32) -> (Pool, 
     (pool, receipt)
 }
 
+/// The same guest, retired, and scrubbed by whoever waits. Of its progress, the second half is reading back what is sealed.
+fn retired(page_size: PageSize, bytes: u64, offset: u64) -> (Pool, ScrubReceipt) {
+    let (pool, lease, plan) = planned_when(page_size, bytes, offset, |progress| {
+        2 * progress.bytes_done == progress.bytes_total
+    });
+    let quiesced = quiesce(&lease);
+    let receipt = lease.retire(quiesced).unwrap().wait().unwrap();
+    assert!(plan.lock().unwrap().is_none(), "it was not written");
+    (pool, receipt)
+}
+
 /// The same guest before it is torn down.
 fn planned(page_size: PageSize, bytes: u64, offset: u64) -> (Pool, Lease, Plan) {
+    planned_when(page_size, bytes, offset, |progress| {
+        progress.bytes_done == progress.bytes_total
+    })
+}
+
+/// The same, with the moment for the write.
+fn planned_when(
+    page_size: PageSize,
+    bytes: u64,
+    offset: u64,
+    is_time: fn(&Progress) -> bool,
+) -> (Pool, Lease, Plan) {
     let plan = Plan::default();
     let planned = Arc::clone(&plan);
     let pool = pools::builder(page_size, 3)
         .threads(1)
         .on_progress(move |progress| {
-            if progress.bytes_done == progress.bytes_total
+            if is_time(&progress)
                 && let Some((file, offset)) = planned.lock().unwrap().take()
             {
                 write(&file, offset);
@@ -104,15 +127,21 @@ fn assert_found(pool: &Pool, receipt: &ScrubReceipt, block: u64) {
 fn a_write_to_scrubbed_memory_is_found(page_size: PageSize) {
     let (pool, receipt) = torn_down(page_size, 2 * BLOCK_SIZE, 77, 0);
     assert_found(&pool, &receipt, 0);
+    let (pool, receipt) = retired(page_size, 2 * BLOCK_SIZE, 77);
+    assert_found(&pool, &receipt, 0);
 }
 
 fn a_write_where_nothing_was_is_found(page_size: PageSize) {
     let (pool, receipt) = torn_down(page_size, 2 * BLOCK_SIZE, BLOCK_SIZE + 9 * PAGE, 0);
     assert_found(&pool, &receipt, 1);
+    let (pool, receipt) = retired(page_size, 2 * BLOCK_SIZE, BLOCK_SIZE + 9 * PAGE);
+    assert_found(&pool, &receipt, 1);
 }
 
 fn a_write_behind_the_guests_regions_is_found(page_size: PageSize) {
     let (pool, receipt) = torn_down(page_size, BLOCK_SIZE + PAGE, 2 * BLOCK_SIZE - 1, 0);
+    assert_found(&pool, &receipt, 1);
+    let (pool, receipt) = retired(page_size, BLOCK_SIZE + PAGE, 2 * BLOCK_SIZE - 1);
     assert_found(&pool, &receipt, 1);
 }
 

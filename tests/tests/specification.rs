@@ -12,6 +12,7 @@ use vm_scrub_tests::documents::{code_spans, links, section, table};
 
 const SPECIFICATION: &str = include_str!("../../SPECIFICATION.md");
 const FAILURE_CLASSES: &str = include_str!("../../docs/failure-classes.md");
+const KERNELS: &str = include_str!("../../docs/kernels.md");
 
 /// The classes that `docs/failure-classes.md` begins with; those of pools that are reused come after them.
 const CLASSES: usize = 21;
@@ -111,7 +112,7 @@ fn every_test_that_is_named_exists() {
     if !has_sources() {
         return;
     }
-    for document in [SPECIFICATION, FAILURE_CLASSES] {
+    for document in [SPECIFICATION, FAILURE_CLASSES, KERNELS] {
         assert!(!named(document).is_empty());
         assert_eq!(missing(document), Vec::<String>::new());
     }
@@ -203,6 +204,24 @@ fn every_class_of_failure_has_a_test_or_a_reason() {
         let why = &row[why];
         let reason = why.starts_with("Does not apply: ") || why.starts_with("Not tested: ");
         assert!(named(&row[test]).is_empty() == reason, "{row:?}");
+    }
+}
+
+#[test]
+fn every_feature_that_is_looked_for_is_explained_and_has_a_test() {
+    let features = table(section(KERNELS, "Optional features"));
+    let (name, since) = (features.column("feature"), features.column("since Linux"));
+    let test = features.column("test");
+    let explained = features.rows.iter();
+    let explained: Vec<_> = explained
+        .map(|row| (row[name].replace('`', ""), row[since].clone()))
+        .collect();
+    let looked_for: Vec<_> = vm_scrub::test_support::kernel_features()
+        .map(|(name, since)| (name.to_owned(), since.to_owned()))
+        .collect();
+    assert_eq!(explained, looked_for);
+    for row in &features.rows {
+        assert!(!named(&row[test]).is_empty(), "{row:?}");
     }
 }
 

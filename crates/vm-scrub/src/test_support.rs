@@ -4,6 +4,7 @@
 
 pub use crate::scrub::Sabotage;
 pub use crate::sys::fault::{Call, FaultGuard, inject, inject_short};
+pub use crate::sys::features::names as kernel_features;
 #[cfg(feature = "vm-memory")]
 use crate::{Pool, PoolBuilder, PoolError};
 

@@ -4,7 +4,7 @@ use arbitrary::Arbitrary;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
-use vm_scrub::arch::ZeroLoop;
+use vm_scrub::arch::{VerifyLoop, ZeroLoop};
 use vm_scrub::pool::Clock;
 use vm_scrub::{BLOCK_SIZE, PageSize, Policy, Pool, PoolError, RevokeBy, ScrubRate, Verify};
 
@@ -47,6 +47,10 @@ pub struct Knobs {
     pub odd: Option<Odd>,
     /// Whether every byte of every guest is looked at, and not only what can be wrong.
     pub thorough: bool,
+    /// A loop that reads back, by its place in the list.
+    pub verify_loop: Option<u8>,
+    /// Whether what is populated is locked in memory.
+    pub lock_memory: bool,
 }
 
 /// [`PageSize`], made up.
@@ -162,7 +166,8 @@ impl Knobs {
             .policy(self.policy())
             .pin_patience(Duration::from_micros(16 * u64::from(self.patience)))
             .clock(Fast::default())
-            .check_on_grant(self.check_on_grant);
+            .check_on_grant(self.check_on_grant)
+            .lock_memory(self.lock_memory);
         if let Some(blocks) = self.kept_windows {
             builder = builder.kept_windows(u64::from(blocks) * BLOCK_SIZE);
         }
@@ -212,6 +217,11 @@ impl Knobs {
                 .name();
             policy = policy.zero_loop(ZeroLoop::by_name(name).expect("it is in the list"));
         }
+        if let Some(number) = self.verify_loop {
+            let count = VerifyLoop::available().count();
+            let chosen = VerifyLoop::available().nth(usize::from(number) % count);
+            policy = policy.verify_loop(chosen.expect("the number was taken modulo the count"));
+        }
         match self.retain {
             Some(pages) => policy.retain(u64::from(pages) * PAGE),
             None => policy,
@@ -233,6 +243,8 @@ impl Knobs {
             }
             // Reading what nodes there are may be forbidden.
             PoolError::NumaBind { .. } => matches!(odd, Some(Odd::Node(_))),
+            // A limit on locked memory.
+            PoolError::Lock { .. } => self.lock_memory,
             // Others on this host take and give back pages all the time.
             PoolError::NoHugePages { .. } | PoolError::NoHugePagesOnNode { .. } => huge,
             PoolError::Revocation { by, source } => match by {

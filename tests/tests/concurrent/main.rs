@@ -13,8 +13,11 @@ use random::{Random, seed};
 use shared::Arena;
 use std::thread;
 use std::time::{Duration, Instant};
+use vm_scrub::arch::{VerifyLoop, ZeroLoop};
 use vm_scrub::{BLOCK_SIZE, PageSize, Policy, Pool, RevokeBy, ScrubRate};
-use vm_scrub_tests::{assert_nothing_dirty_left, on_every_page_size, pools};
+use vm_scrub_tests::{
+    assert_all_zero, assert_nothing_dirty_left, fill, on_every_page_size, pools, regions, teardown,
+};
 
 // Beyond the pool's own: a file of a shareable lease exists for a moment beside the memory that it stands for.
 on_every_page_size!(many_guests_at_once: super::BLOCKS + 12);
@@ -43,13 +46,29 @@ fn many_guests_at_once(page_size: PageSize) {
     assert!(leases > 0);
 }
 
+/// One of them at random.
+fn any<T>(random: &mut Random, all: impl Iterator<Item = T> + Clone) -> T {
+    let count = all.clone().count() as u64;
+    let mut from = all.skip(random.below(count) as usize);
+    from.next().expect("there is a loop on every host")
+}
+
 /// A pool with settings of its own.
 fn build(page_size: PageSize, random: &mut Random) -> Pool {
-    let mut builder = pools::builder(page_size, BLOCKS)
+    build_of(page_size, BLOCKS, random)
+}
+
+fn build_of(page_size: PageSize, blocks: u64, random: &mut Random) -> Pool {
+    let policy = Policy::new()
+        .zero_loop(any(random, ZeroLoop::available()))
+        .verify_loop(any(random, VerifyLoop::available()))
+        .retain(random.below(3) * BLOCK_SIZE);
+    let mut builder = pools::builder(page_size, blocks)
         .threads(1 + random.below(3) as usize)
         .populate(random.one_in(4))
         .check_on_grant(random.one_in(2))
-        .policy(Policy::new().retain(random.below(3) * BLOCK_SIZE));
+        .lock_memory(random.one_in(4) && may_lock())
+        .policy(policy);
     if page_size != PageSize::Huge2M && random.one_in(3) {
         builder = builder.revoke_by(RevokeBy::Mremap);
     }
@@ -58,6 +77,19 @@ fn build(page_size: PageSize, random: &mut Random) -> Pool {
         builder = builder.kept_windows(8 * BLOCK_SIZE);
     }
     builder.build().expect("a small pool can be built")
+}
+
+/// Whether this process may lock as much as the pools of all tests have, and others that come and go beside them.
+fn may_lock() -> bool {
+    let mut limit = libc::rlimit {
+        rlim_cur: 0,
+        rlim_max: 0,
+    };
+    // SAFETY: the structure is live and writable for the call.
+    let status = unsafe { libc::getrlimit(libc::RLIMIT_MEMLOCK, &raw mut limit) };
+    // SAFETY: takes nothing.
+    let root = unsafe { libc::geteuid() } == 0;
+    status == 0 && (root || limit.rlim_cur >= 16 * BLOCKS * BLOCK_SIZE)
 }
 
 /// Guests come and go for `time` in one pool. How many there were.
@@ -86,7 +118,7 @@ fn operate(arena: &Arena, mut random: Random) {
     let pool = arena.pool();
     while arena.anybody_left() {
         assert_eq!(pool.accounts().total(), BLOCKS * BLOCK_SIZE);
-        match random.below(8) {
+        match random.below(9) {
             0 => pool.set_scrub_rate(None),
             1 => pool.set_scrub_rate(Some(ScrubRate {
                 bytes_per_second: 1 << (20 + random.below(14)),
@@ -96,7 +128,28 @@ fn operate(arena: &Arena, mut random: Random) {
             3 => assert!(pool.withheld().iter().all(|withheld| withheld.bytes > 0)),
             4 => arena.let_go(),
             5 => arena.finish_a_ticket(&mut random),
+            6 => another_pool(&mut random),
             _ => thread::sleep(Duration::from_micros(random.below(500))),
+        }
+    }
+}
+
+/// A pool has one size for as long as it lives: a host that gives guests more memory has one pool more, and one that needs it for
+/// something else one less, while guests of the others come and go.
+fn another_pool(random: &mut Random) {
+    let blocks = 1 + random.below(4);
+    let pool = build_of(PageSize::Base4K, blocks, random);
+    let lease = pool.lease(&regions(&[(0, blocks * BLOCK_SIZE)]));
+    let lease = lease.expect("nobody else has a lease from it");
+    assert_all_zero(&lease);
+    fill(&lease, 1);
+    match random.below(3) {
+        0 => assert!(teardown(lease).is_proven()),
+        1 => drop(lease),
+        // The pool goes before its last lease does.
+        _ => {
+            drop(pool);
+            assert!(teardown(lease).is_proven());
         }
     }
 }

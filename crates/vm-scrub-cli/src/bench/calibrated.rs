@@ -4,6 +4,7 @@
 
 use super::row::Op;
 use std::sync::OnceLock;
+use std::time::Duration;
 use vm_scrub::Calibration;
 use vm_scrub::arch::{VerifyLoop, ZeroLoop};
 
@@ -12,6 +13,11 @@ use vm_scrub::arch::{VerifyLoop, ZeroLoop};
 fn calibration() -> &'static Calibration {
     static MEASURED: OnceLock<&'static Calibration> = OnceLock::new();
     MEASURED.get_or_init(vm_scrub::calibration)
+}
+
+/// How long measuring took.
+pub(crate) fn took() -> Duration {
+    calibration().took()
 }
 
 /// The zeroing loop for ranges of `bytes` bytes.

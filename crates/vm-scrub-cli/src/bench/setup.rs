@@ -1,7 +1,7 @@
 //! What the figures were measured on. No figure means anything without it.
 
-use super::cpus;
 use super::settings::meminfo;
+use super::{calibrated, cpus};
 use jiff::Timestamp;
 use serde::Serialize;
 use std::fs;
@@ -33,6 +33,8 @@ pub(crate) struct Setup {
     pub(crate) hugetlb_2m_pages: u64,
     /// Who sets the clock of the first processor.
     pub(crate) governor: String,
+    /// How long the library measured its loops, in nanoseconds.
+    pub(crate) calibration_ns: u64,
 }
 
 impl Setup {
@@ -66,6 +68,7 @@ impl Setup {
                 none if none.is_empty() => "none".into(),
                 governor => governor,
             },
+            calibration_ns: u64::try_from(calibrated::took().as_nanos()).unwrap_or(u64::MAX),
         }
     }
 
@@ -104,6 +107,10 @@ impl Setup {
                 ),
             ),
             ("governor", self.governor.clone()),
+            (
+                "calibration",
+                format!("{:.1} ms", self.calibration_ns as f64 / 1e6),
+            ),
             ("vm-scrub", format!("{}, {}", self.version, self.date)),
         ];
         if !self.optimised {

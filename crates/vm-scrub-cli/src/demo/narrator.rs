@@ -237,6 +237,12 @@ fn conclusion(report: &Report) -> String {
             "LEAKED: a guest could read {} bytes that its predecessor had left behind.",
             report.leaked_bytes
         )
+    } else if let Some(lost) = report.first_lost_otherwise() {
+        format!(
+            "NOT PROVEN: {} are in quarantine, and no other guest got them: {}.",
+            bytes(report.accounts.quarantined),
+            lost.detail
+        )
     } else if report.refused.is_some() {
         format!(
             "CAUGHT: the scrubber left something behind, verification found it, and {} are in quarantine; no other guest \

@@ -4,6 +4,7 @@ use super::guest::GuestKind;
 use super::{can_prove, secrets};
 use crate::args::DemoArgs;
 use serde::Serialize;
+use vm_scrub::lease::{QuarantineReason, QuarantinedRange};
 use vm_scrub::{Accounts, Extent, PageSize, Pool, ScrubReceipt};
 use vm_scrub_vmm::Scan;
 
@@ -124,6 +125,14 @@ impl Report {
             .map_or(0, |guest| guest.secret_bytes_before_teardown);
         self.proven = self.refused.is_none() && self.receipts.iter().all(ScrubReceipt::is_proven);
         self.accounts = self.pool.accounts();
+    }
+
+    /// The first memory in quarantine for another reason than that verification found something in it, if nothing else is.
+    pub(crate) fn first_lost_otherwise(&self) -> Option<&QuarantinedRange> {
+        let mut lost = self.receipts.iter().flat_map(|each| &each.quarantined);
+        let mut all = lost.clone();
+        let found = all.any(|range| range.reason == QuarantineReason::NotZero);
+        lost.next().filter(|_| !found)
     }
 }
 

@@ -205,6 +205,20 @@ impl Isolation {
         }
     }
 
+    /// Populates a part of the arena. The kernel does not where an access to what is not there is a signal.
+    ///
+    /// # Safety
+    /// The range must be the arena's.
+    pub(super) unsafe fn populate(&self, home: *mut u8, len: usize) -> sys::Result<()> {
+        self.userfaultfd.unregister(home, len)?;
+        // SAFETY: passed on to the caller.
+        unsafe {
+            let populated = map::populate(home, len);
+            self.register_again(home, len)?;
+            populated
+        }
+    }
+
     /// Locks in memory what was brought home to `range` of the arena and, where it was kept, what is in the lock. Returns how
     /// many bytes the kernel did not lock.
     ///

@@ -383,6 +383,17 @@ mod tests {
         }
     }
 
+    /// A VMM that closes descriptors which it does not know, and opens others.
+    #[test]
+    fn a_descriptor_that_leads_elsewhere_is_not_sealed() {
+        let mut shared = SharedFile::map(BLOCK, false, None, false).unwrap();
+        let other = Arc::new(memfd::shareable(BLOCK as u64, Pages::Base).unwrap());
+        shared.file = Arc::clone(&other);
+        let refused = shared.seal().unwrap_err();
+        assert!(refused.call != Call::AddSeals && !shared.is_sealed());
+        other.write_all_at(&[1], 0).unwrap();
+    }
+
     #[test]
     fn a_second_view_keeps_it_from_being_sealed() {
         let mut shared = SharedFile::map(BLOCK, false, None, false).unwrap();

@@ -11,7 +11,7 @@ use super::{
 use crate::BLOCK_SIZE;
 use crate::backing::{BLOCK, NotPrepared, RevokeBy, WindowSpace};
 use crate::scrub::{Engine, Policy, Workers};
-use crate::sys::map;
+use crate::sys::{features, map};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -273,6 +273,7 @@ impl PoolBuilder {
         if bytes != 4096 {
             return Err(PoolError::HostPageSize { bytes });
         }
+        features::log_once();
         let cpus = self.numa_node.map(node::processors).transpose()?.flatten();
         let threads = self.threads.unwrap_or_else(|| {
             let all = std::thread::available_parallelism().map_or(1, usize::from);

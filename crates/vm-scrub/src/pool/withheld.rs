@@ -238,20 +238,15 @@ impl Entry {
         let Some(held) = attempt.held.as_mut() else {
             return 0;
         };
-        let result = held.settle(pool, run);
-        let (about, due) = &mut *lock(&self.about);
-        match result {
+        // The embedder's logger may ask what is withheld, so no lock is held while it is called.
+        match held.settle(pool, run) {
             Err(kept) => {
-                *due = Instant::now() + FIRST_RETRY * (1 << about.attempts.min(DOUBLINGS));
-                about.for_good = matches!(kept, Kept::ForGood(_));
-                if let Kept::Still(reason) | Kept::ForGood(reason) = kept {
-                    log::debug!("{}: still in quarantine: {reason}", about.lease);
-                    about.attempts += 1;
-                    about.reason = reason;
-                }
+                let about = self.note(kept);
+                log::debug!("{}: still in quarantine: {}", about.lease, about.reason);
                 0
             }
             Ok(proofs) => {
+                let about = lock(&self.about).0.clone();
                 self.back.store(true, Ordering::SeqCst);
                 if let Some(held) = attempt.held.take() {
                     held.blocks.replaced(proofs);
@@ -265,6 +260,18 @@ impl Entry {
                 about.bytes
             }
         }
+    }
+
+    /// Notes what an attempt in vain has found, and when to try again.
+    fn note(&self, kept: Kept) -> Withheld {
+        let (about, due) = &mut *lock(&self.about);
+        *due = Instant::now() + FIRST_RETRY * (1 << about.attempts.min(DOUBLINGS));
+        about.for_good = matches!(kept, Kept::ForGood(_));
+        if let Kept::Still(reason) | Kept::ForGood(reason) = kept {
+            about.attempts += 1;
+            about.reason = reason;
+        }
+        about.clone()
     }
 }
 
@@ -326,16 +333,19 @@ fn scan(
             .job(file.arena(), ranges, work, pool.verify, fresh_seed())
     };
     run(&job);
-    match job.settle(job.thread_time()) {
-        Some((_, verdict)) => match verdict.broken().first() {
-            None => Ok(verdict),
-            Some(broken) => Err(Kept::ForGood(format!(
-                "memory error at offset {:#x} of the file: {}",
-                broken.range.start, broken.what
-            ))),
-        },
-        None => Err(Kept::Interrupted),
+    let settled = job.settle(job.thread_time());
+    // There is other memory in its place by now, which the next attempt would find in order: also if this one was broken off.
+    let lost = match &settled {
+        Some((_, verdict)) => verdict.broken().to_vec(),
+        None => job.take_broken(),
+    };
+    if let Some(broken) = lost.first() {
+        return Err(Kept::ForGood(format!(
+            "memory error at offset {:#x} of the file: {}",
+            broken.range.start, broken.what
+        )));
     }
+    settled.map(|(_, verdict)| verdict).ok_or(Kept::Interrupted)
 }
 
 impl Shared {
@@ -421,7 +431,11 @@ mod tests {
     use super::*;
 
     fn pool_with_file() -> (Pool, Arc<Entry>) {
-        let builder = Pool::builder().capacity(crate::BLOCK_SIZE).threads(1);
+        pool_like(Pool::builder())
+    }
+
+    fn pool_like(builder: crate::PoolBuilder) -> (Pool, Arc<Entry>) {
+        let builder = builder.capacity(crate::BLOCK_SIZE).threads(1);
         let pool = builder.build().unwrap();
         let file = SharedFile::map(crate::BLOCK_SIZE as usize, false, None, false).unwrap();
         // SAFETY: the view is mapped, writable and this test's own.
@@ -490,6 +504,42 @@ mod tests {
         assert_eq!(
             entry.try_again(&pool.shared, None, &mut all),
             crate::BLOCK_SIZE
+        );
+    }
+
+    /// What has broken is replaced by zeros, so that a second attempt would find nothing wrong.
+    #[test]
+    fn a_memory_error_is_not_forgotten_by_an_attempt_that_is_broken_off() {
+        let breaks = crate::scrub::Sabotage::BreakMemory {
+            offset: 0,
+            late: false,
+        };
+        let policy = crate::Policy::new().probe(true);
+        let (pool, entry) = pool_like(Pool::builder().policy(policy).sabotage(breaks));
+        // The rest of the file waits behind the page that breaks.
+        if let Slot::Held(Held {
+            remains: Remains::File(file),
+            ..
+        }) = &*lock(&entry.slot)
+        {
+            // SAFETY: the view is mapped, writable and this test's own.
+            unsafe { file.arena().0.write_bytes(1, crate::BLOCK_SIZE as usize) };
+        }
+        let mut batches = 0;
+        let mut one = |job: &Job| {
+            job.work(
+                |_| {
+                    batches += 1;
+                    batches <= 1
+                },
+                None,
+            );
+        };
+        assert_eq!(entry.try_again(&pool.shared, None, &mut one), 0);
+        let about = lock(&entry.about).0.clone();
+        assert!(
+            about.for_good && about.reason.contains("memory error at offset 0x0"),
+            "{about:?}"
         );
     }
 

@@ -63,6 +63,8 @@ pub enum Call {
     UffdApi,
     /// `ioctl(2)` `UFFDIO_REGISTER`.
     UffdRegister,
+    /// `ioctl(2)` `UFFDIO_UNREGISTER`.
+    UffdUnregister,
     /// `ioctl(2)` `UFFDIO_MOVE`.
     UffdMove,
     /// `rt_sigaction(2)` of `SIGBUS`.
@@ -114,6 +116,7 @@ impl Call {
         Call::UffdDevice,
         Call::UffdApi,
         Call::UffdRegister,
+        Call::UffdUnregister,
         Call::UffdMove,
         Call::Sigaction,
         Call::MmapOver,
@@ -155,6 +158,7 @@ impl Call {
             Call::UffdDevice => "open(/dev/userfaultfd)",
             Call::UffdApi => "ioctl(UFFDIO_API)",
             Call::UffdRegister => "ioctl(UFFDIO_REGISTER)",
+            Call::UffdUnregister => "ioctl(UFFDIO_UNREGISTER)",
             Call::UffdMove => "ioctl(UFFDIO_MOVE)",
             Call::Sigaction => "rt_sigaction",
             Call::MmapOver => "mmap(MAP_FIXED) in a signal handler",
@@ -186,6 +190,11 @@ mod plan {
     #[inline(always)]
     pub(crate) fn shortened(_call: Call, len: usize) -> usize {
         len
+    }
+
+    #[inline(always)]
+    pub(crate) fn spared<T>(work: impl FnOnce() -> T) -> T {
+        work()
     }
 }
 
@@ -295,6 +304,14 @@ mod plan {
         bytes.unwrap_or(len)
     }
 
+    /// Does `work` as if nothing were planned on this thread.
+    pub(crate) fn spared<T>(work: impl FnOnce() -> T) -> T {
+        let planned = PLAN.take();
+        let done = work();
+        PLAN.set(planned);
+        done
+    }
+
     /// The fault that this call meets, of those of which `of` makes something.
     fn next<T>(call: Call, of: impl Fn(Kind) -> Option<T>) -> Option<T> {
         PLAN.with_borrow_mut(|plan| {
@@ -317,4 +334,4 @@ mod plan {
 
 #[cfg(any(test, feature = "test-support"))]
 pub use plan::{FaultGuard, inject, inject_short};
-pub(crate) use plan::{check, is_planned, shortened};
+pub(crate) use plan::{check, is_planned, shortened, spared};

@@ -227,16 +227,33 @@ pub(crate) unsafe fn move_pages(from: *mut u8, to: *mut u8, len: usize) -> Resul
     })
 }
 
-/// Makes `[address, address + len)` readable and writable.
+/// Makes `[address, address + len)` readable and writable, for every thread: also where memory had a protection key (`pkeys(7)`), by
+/// which a VMM keeps its own threads from its guest's memory.
 ///
 /// # Safety
 /// The range must belong to the caller.
 pub(crate) unsafe fn make_writable(address: *mut u8, len: usize) -> Result<()> {
     fault::check(Call::Mprotect)?;
+    // SAFETY: passed on to the caller.
+    if unsafe { make_writable_without_key(address, len) }.is_ok() {
+        return Ok(());
+    }
+    // A kernel without keys, or a filter that forbids the call.
     // SAFETY: the caller owns the range.
     done(Call::Mprotect, unsafe {
         libc::mprotect(address.cast(), len, libc::PROT_READ | libc::PROT_WRITE)
     })
+}
+
+/// # Safety
+/// As for [`make_writable`].
+pub(super) unsafe fn make_writable_without_key(address: *mut u8, len: usize) -> Result<()> {
+    /// The key that all memory has for which nobody asked for another one.
+    const NO_KEY: libc::c_int = 0;
+    let writable = libc::PROT_READ | libc::PROT_WRITE;
+    // SAFETY: passed on to the caller.
+    let status = unsafe { libc::syscall(libc::SYS_pkey_mprotect, address, len, writable, NO_KEY) };
+    done(Call::Mprotect, status as libc::c_int)
 }
 
 /// Takes all access to `[address, address + len)` away; what it contains stays.
@@ -285,7 +302,7 @@ pub(crate) unsafe fn populate(address: *mut u8, len: usize) -> Result<()> {
 
 /// # Safety
 /// The range must belong to the caller.
-unsafe fn populate_at_once(address: *mut u8, len: usize) -> Result<()> {
+pub(super) unsafe fn populate_at_once(address: *mut u8, len: usize) -> Result<()> {
     // SAFETY: passed on to the caller.
     unsafe { fault_in(Call::Populate, address, len, libc::MADV_POPULATE_WRITE) }
 }

@@ -61,6 +61,15 @@ fn sealable(pages: Pages, no_noexec_seal: &AtomicBool) -> Result<File> {
     }
 }
 
+/// An empty file that cannot be executed. Fails with `EINVAL` where the kernel has no such files.
+pub(super) fn not_executable() -> Result<File> {
+    create(
+        c"vm-scrub",
+        libc::MFD_CLOEXEC | MFD_NOEXEC_SEAL,
+        Pages::Base,
+    )
+}
+
 /// By what a file is known to the kernel, whatever its descriptor's number.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Identity {

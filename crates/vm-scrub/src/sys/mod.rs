@@ -5,6 +5,7 @@
 //! `EINTR`), and say which call failed.
 
 pub(crate) mod fault;
+pub(crate) mod features;
 pub(crate) mod fork;
 pub(crate) mod hugetlb;
 pub(crate) mod map;

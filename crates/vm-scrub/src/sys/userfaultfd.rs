@@ -40,6 +40,13 @@ struct Register {
     ioctls: u64,
 }
 
+/// `struct uffdio_range`.
+#[repr(C)]
+struct Span {
+    start: u64,
+    len: u64,
+}
+
 /// `struct uffdio_move`.
 #[repr(C)]
 struct Move {
@@ -54,8 +61,13 @@ const fn iowr(number: u64, size: usize) -> u64 {
     (3 << 30) | ((size as u64) << 16) | (UFFD_API << 8) | number
 }
 
+const fn ior(number: u64, size: usize) -> u64 {
+    (2 << 30) | ((size as u64) << 16) | (UFFD_API << 8) | number
+}
+
 const UFFDIO_API: u64 = iowr(0x3f, size_of::<Api>());
 const UFFDIO_REGISTER: u64 = iowr(0x00, size_of::<Register>());
+const UFFDIO_UNREGISTER: u64 = ior(0x01, size_of::<Span>());
 const UFFDIO_MOVE: u64 = iowr(0x05, size_of::<Move>());
 /// `_IO(0xAA, 0)`, on the device.
 const USERFAULTFD_IOC_NEW: u64 = UFFD_API << 8;
@@ -128,6 +140,24 @@ impl Userfaultfd {
                 call: Call::UffdRegister,
                 source: io::Error::from_raw_os_error(libc::EOPNOTSUPP),
             });
+        }
+        Ok(())
+    }
+
+    /// Makes `[start, start + len)` ordinary memory again: no page is moved there, and what is not there is supplied when it is
+    /// accessed.
+    pub(crate) fn unregister(&self, start: *mut u8, len: usize) -> Result<()> {
+        self.check_owner(Call::UffdUnregister)?;
+        fault::check(Call::UffdUnregister)?;
+        let mut span = Span {
+            start: start.addr() as u64,
+            len: len as u64,
+        };
+        // SAFETY: the structure is live for the call, which changes no memory.
+        let status =
+            unsafe { libc::ioctl(self.fd.as_raw_fd(), UFFDIO_UNREGISTER as _, &raw mut span) };
+        if status != 0 {
+            return Err(Error::last(Call::UffdUnregister));
         }
         Ok(())
     }
@@ -228,4 +258,59 @@ fn owned(call: Call, fd: libc::c_int) -> Result<OwnedFd> {
     }
     // SAFETY: the kernel has just given us this descriptor and nobody else knows it.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::backing::BLOCK;
+    use crate::sys::map;
+
+    /// Does `work` in a forked child and says whether it came to the end of it.
+    fn in_a_child(work: impl FnOnce() -> bool) -> bool {
+        // SAFETY: the child calls nothing that waits for other threads of this process, and ends itself.
+        unsafe {
+            let child = libc::fork();
+            assert!(child >= 0, "{}", io::Error::last_os_error());
+            if child == 0 {
+                libc::_exit(i32::from(!work()));
+            }
+            let mut status = 0;
+            assert_eq!(libc::waitpid(child, &raw mut status, 0), child);
+            libc::WIFEXITED(status) && libc::WEXITSTATUS(status) == 0
+        }
+    }
+
+    #[test]
+    fn a_forked_child_changes_nothing_of_its_parents() {
+        let Ok(userfaultfd) = Userfaultfd::open() else {
+            // Linux before 6.8.
+            return;
+        };
+        let len = 2 * BLOCK;
+        let start = map::reserve(len).unwrap();
+        // SAFETY: reserved above, and this test's own.
+        unsafe {
+            map::map_anonymous(start, len).unwrap();
+            start.write(7);
+        }
+        let to = start.wrapping_add(BLOCK);
+        let is_refused =
+            |result: Result<()>| result.is_err_and(|error| error.errno() == Some(libc::ESRCH));
+        assert!(in_a_child(|| {
+            // SAFETY: all of it is to be refused.
+            unsafe {
+                let moved = userfaultfd.move_pages(start, to, BLOCK);
+                is_refused(userfaultfd.register(to, BLOCK))
+                    && is_refused(userfaultfd.unregister(to, BLOCK))
+                    && moved.bytes == 0
+                    && is_refused(moved.stopped.map_or(Ok(()), Err))
+            }
+        }));
+        // SAFETY: this test's own; what was written is still where it was. Then nobody refers to it any more.
+        unsafe {
+            assert_eq!(start.read(), 7);
+            map::unmap(start, len).unwrap();
+        }
+    }
 }

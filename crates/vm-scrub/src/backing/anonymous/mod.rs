@@ -337,6 +337,17 @@ impl Backing for AnonymousArena {
         Ok(len as u64)
     }
 
+    fn populate(&self, range: Range<usize>) -> sys::Result<()> {
+        let (start, len) = (self.base.at(range.start), range.len());
+        // SAFETY: the range is the arena's, mapped writable.
+        unsafe {
+            match &self.isolation {
+                Some(isolation) => isolation.populate(start, len),
+                None => map::populate(start, len),
+            }
+        }
+    }
+
     /// What takes the place of lent memory is locked instead of it.
     fn lend(&self, range: Range<usize>) -> sys::Result<()> {
         let (start, len) = (self.base.at(range.start), range.len());
