@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # What must be clean on the other platforms: everything is linted for musl and for aarch64, and for musl, which this host can run,
-# it is built and the unit tests are run. scripts/test-aarch64.sh runs them for aarch64. Needs no root, and on the first run a network.
+# the command is built and the unit tests are run. scripts/test-aarch64.sh runs them for aarch64. Needs no root, and on the first run a network.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/lib/debian.sh
@@ -21,6 +21,6 @@ for platform in x86_64-unknown-linux-musl aarch64-unknown-linux-gnu aarch64-unkn
     rust_target "$platform"
     step cargo clippy --locked --workspace --all-targets --target "$platform" -- -D warnings
 done
-step cargo build --locked "${emulated[@]}"
+step cargo build --locked --target "$target" -p vm-scrub-cli
 step cargo test --locked "${emulated[@]}" --lib
 printf '\nall platforms passed\n'

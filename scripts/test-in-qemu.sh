@@ -31,6 +31,7 @@ case ${1-} in
     --ci)
         shift
         list=scripts/lib/qemu-ci
+        [[ -r $list ]] || die "$list is missing"
         program_limit=150
         machine_limit=300
         mapfile -t kernels < <(grep -v '^#' "$list" | grep -oE '[0-9.]+-(nested|shadow)' | sed 's/-.*//' | sort -uV)
@@ -61,8 +62,6 @@ while read -r path; do
     name=${path##*/}
     programs[${name%-*}]=$path
 done < <(sed -n 's/^ *Executable .*(\(.*\))$/\1/p' "$out/build.log")
-# The command's own tests start it, and have nothing to ask of a kernel.
-unset 'programs[command]' 'programs[bench]'
 mapfile -t all < <(printf '%s\n' "${!programs[@]}" | grep -E "${VM_SCRUB_QEMU_TESTS:-.}" | sort)
 [[ ${#all[@]} -gt 0 ]] || die "no test program has such a name"
 
