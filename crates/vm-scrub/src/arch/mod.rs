@@ -10,6 +10,7 @@
 //! |---|---|---|
 //! | `portable` | nothing: the C library's `memset` | no |
 //! | `rep-stosb` | x86-64; fast where the processor says so (ERMS or FSRM) | no |
+//! | `prefetchw` | x86-64 since about 2014 | no |
 //! | `avx2-stream` | x86-64 with AVX2 | yes |
 //! | `avx512-stream` | x86-64 with AVX-512F | yes |
 //! | `clzero` | x86-64 by AMD or Hygon, with 64-byte lines | yes |
@@ -69,6 +70,8 @@ static ZERO: &[Row<Zero>] = &[
     #[cfg(target_arch = "x86_64")]
     zero_row!(x86_64::rep_stosb::Zero),
     #[cfg(target_arch = "x86_64")]
+    zero_row!(x86_64::prefetchw::Zero),
+    #[cfg(target_arch = "x86_64")]
     zero_row!(x86_64::avx2::Stream),
     #[cfg(target_arch = "x86_64")]
     zero_row!(x86_64::avx512::Stream),
@@ -97,6 +100,7 @@ static VERIFY: &[Row<FirstNonzero>] = &[
 const ZERO_NAMES: &[&str] = &[
     "portable",
     "rep-stosb",
+    "prefetchw",
     "avx2-stream",
     "avx512-stream",
     "clzero",

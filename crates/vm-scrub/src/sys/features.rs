@@ -17,11 +17,17 @@ struct Feature {
     name: &'static str,
     /// The first version of Linux that has it, and what else it depends on.
     since: &'static str,
-    /// Tries it, on a page that is there for that.
-    ///
-    /// # Safety
-    /// The page must be private anonymous memory of the caller's, and what it contains worth nothing.
-    probe: unsafe fn(page: *mut u8, len: usize) -> Result<()>,
+    probe: Probe,
+}
+
+/// How to try it.
+enum Probe {
+    /// By itself.
+    Alone(fn() -> Result<()>),
+    /// On a page of private anonymous memory whose content is worth nothing.
+    OnPage(unsafe fn(*mut u8, usize) -> Result<()>),
+    /// By advice about such a page.
+    Advice(Advice),
 }
 
 /// All of them. What stands in for each is in `docs/kernels.md`.
@@ -29,57 +35,57 @@ const FEATURES: &[Feature] = &[
     Feature {
         name: "UFFDIO_MOVE",
         since: "6.8",
-        probe: |_, _| Userfaultfd::open().map(drop),
+        probe: Probe::Alone(|| Userfaultfd::open().map(drop)),
     },
     Feature {
         name: "PAGEMAP_SCAN",
         since: "6.7",
-        probe: |page, len| Pagemap::open()?.scan(page.addr()..page.addr() + len, |_| {}),
+        probe: Probe::Alone(|| Pagemap::open()?.scan(0..map::host_page_size(), |_| {})),
     },
     Feature {
         name: "PROCMAP_QUERY",
         since: "6.11",
-        probe: |page, _| Maps::open()?.query(page.addr()).map(drop),
+        probe: Probe::Alone(|| Maps::open()?.query(0).map(drop)),
     },
     Feature {
         name: "MADV_POPULATE_WRITE",
         since: "5.14",
-        probe: |page, len| unsafe { map::populate_at_once(page, len) },
+        probe: Probe::OnPage(map::populate_at_once),
     },
     Feature {
         name: "MADV_POPULATE_READ",
         since: "5.14",
-        probe: |page, len| unsafe { map::populate_readable(page, len) },
+        probe: Probe::OnPage(map::populate_readable),
     },
     Feature {
         name: "MADV_DONTNEED_LOCKED",
         since: "5.18",
-        probe: |page, len| unsafe { mlock::discard(page, len) },
+        probe: Probe::OnPage(mlock::discard),
     },
     Feature {
         name: "MADV_GUARD_REMOVE",
         since: "6.13",
-        probe: |page, len| unsafe { map::advise(page, len, Advice::RemoveGuards) },
+        probe: Probe::Advice(Advice::RemoveGuards),
     },
     Feature {
         name: "MADV_UNMERGEABLE",
         since: "CONFIG_KSM",
-        probe: |page, len| unsafe { map::advise(page, len, Advice::Unmergeable) },
+        probe: Probe::Advice(Advice::Unmergeable),
     },
     Feature {
         name: "MADV_HUGEPAGE",
         since: "CONFIG_TRANSPARENT_HUGEPAGE",
-        probe: |page, len| unsafe { map::advise(page, len, Advice::HugePage) },
+        probe: Probe::Advice(Advice::HugePage),
     },
     Feature {
         name: "MFD_NOEXEC_SEAL",
         since: "6.3",
-        probe: |_, _| memfd::not_executable().map(drop),
+        probe: Probe::Alone(|| memfd::not_executable().map(drop)),
     },
     Feature {
         name: "pkey_mprotect",
         since: "4.9",
-        probe: |page, len| unsafe { map::make_writable_without_key(page, len) },
+        probe: Probe::OnPage(map::make_writable_without_key),
     },
 ];
 
@@ -96,18 +102,19 @@ pub(crate) fn log_once() {
 fn probe_all() -> Result<Vec<Result<()>>> {
     let len = map::host_page_size();
     let page = map::reserve(len)?;
-    // SAFETY: reserved just now, and nobody else's.
-    unsafe {
-        let mapped = map::map_anonymous(page, len);
-        let answers = mapped.map(|()| {
-            FEATURES
-                .iter()
-                .map(|each| (each.probe)(page, len))
-                .collect()
-        });
-        map::unmap(page, len)?;
-        answers
-    }
+    let probe = |feature: &Feature| match feature.probe {
+        Probe::Alone(call) => call(),
+        // SAFETY: the page was reserved above and is nobody else's; what it contains is worth nothing.
+        Probe::OnPage(call) => unsafe { call(page, len) },
+        // SAFETY: as above.
+        Probe::Advice(advice) => unsafe { map::advise(page, len, advice) },
+    };
+    // SAFETY: as above.
+    let mapped = unsafe { map::map_anonymous(page, len) };
+    let answers = mapped.map(|()| FEATURES.iter().map(probe).collect());
+    // SAFETY: as above, and nobody refers to it.
+    unsafe { map::unmap(page, len) }?;
+    answers
 }
 
 fn line(answers: &[Result<()>]) -> String {

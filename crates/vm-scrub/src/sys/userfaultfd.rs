@@ -263,8 +263,10 @@ fn owned(call: Call, fd: libc::c_int) -> Result<OwnedFd> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::backing::BLOCK;
     use crate::sys::map;
+
+    /// Of the memory that is moved, or not.
+    const LEN: usize = 64 << 10;
 
     /// Does `work` in a forked child and says whether it came to the end of it.
     fn in_a_child(work: impl FnOnce() -> bool) -> bool {
@@ -287,22 +289,22 @@ mod tests {
             // Linux before 6.8.
             return;
         };
-        let len = 2 * BLOCK;
+        let len = 2 * LEN;
         let start = map::reserve(len).unwrap();
         // SAFETY: reserved above, and this test's own.
         unsafe {
             map::map_anonymous(start, len).unwrap();
             start.write(7);
         }
-        let to = start.wrapping_add(BLOCK);
+        let to = start.wrapping_add(LEN);
         let is_refused =
             |result: Result<()>| result.is_err_and(|error| error.errno() == Some(libc::ESRCH));
         assert!(in_a_child(|| {
             // SAFETY: all of it is to be refused.
             unsafe {
-                let moved = userfaultfd.move_pages(start, to, BLOCK);
-                is_refused(userfaultfd.register(to, BLOCK))
-                    && is_refused(userfaultfd.unregister(to, BLOCK))
+                let moved = userfaultfd.move_pages(start, to, LEN);
+                is_refused(userfaultfd.register(to, LEN))
+                    && is_refused(userfaultfd.unregister(to, LEN))
                     && moved.bytes == 0
                     && is_refused(moved.stopped.map_or(Ok(()), Err))
             }

@@ -1,6 +1,6 @@
 //! What is found out about the processor, against what the kernel has found out about it.
 
-use crate::arch::x86_64::{avx2, avx512, clzero, has_clflushopt, rep_stosb, sse2};
+use crate::arch::x86_64::{avx2, avx512, clzero, has_clflushopt, prefetchw, rep_stosb, sse2};
 
 #[test]
 fn loops_are_available_where_the_kernel_says_so() {
@@ -26,6 +26,11 @@ fn loops_are_available_where_the_kernel_says_so() {
             "clzero",
             clzero::Zero::is_available(),
             has("clzero") && has_short_lines,
+        ),
+        (
+            "prefetchw",
+            prefetchw::Zero::is_available(),
+            has("3dnowprefetch"),
         ),
         ("rep-stosb", rep_stosb::Zero::is_available(), true),
         (

@@ -67,6 +67,7 @@ verify_tests! {
 #[cfg(target_arch = "x86_64")]
 zero_tests! {
     zero_rep_stosb: crate::arch::x86_64::rep_stosb::Zero,
+    zero_prefetchw: crate::arch::x86_64::prefetchw::Zero,
     zero_avx2_stream: crate::arch::x86_64::avx2::Stream,
     zero_avx512_stream: crate::arch::x86_64::avx512::Stream,
     zero_clzero: crate::arch::x86_64::clzero::Zero,

@@ -4,6 +4,7 @@ pub mod avx2;
 pub mod avx512;
 pub mod clzero;
 mod cpuid;
+pub mod prefetchw;
 pub mod rep_stosb;
 pub mod sse2;
 
