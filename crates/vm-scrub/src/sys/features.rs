@@ -89,9 +89,12 @@ const FEATURES: &[Feature] = &[
     },
 ];
 
-/// Logs what this kernel has and what it has not, once in a process.
+/// Logs what this kernel has and what it has not, once in a process. Where nobody would read it, nothing is tried.
 pub(crate) fn log_once() {
     static LOGGED: Once = Once::new();
+    if !log::log_enabled!(log::Level::Info) {
+        return;
+    }
     LOGGED.call_once(|| match fault::spared(probe_all) {
         Ok(answers) => log::info!("{}", line(&answers)),
         Err(error) => log::info!("not found out what this kernel has: {error}"),
