@@ -332,6 +332,7 @@ impl Drop for Background {
 
 #[cfg(all(test, not(loom)))]
 mod tests {
+    use super::super::throttle::SystemClock;
     use super::*;
 
     #[derive(Debug)]
@@ -347,7 +348,7 @@ mod tests {
         fn work(&self, _: &mut dyn FnMut(usize) -> bool) {}
         fn work_with(&self, _: &Workers) {}
         fn has_work(&self) -> bool {
-            true
+            !self.over
         }
         fn is_wanted(&self) -> bool {
             false
@@ -384,5 +385,85 @@ mod tests {
         let mut chores = all.clone();
         let urgent = Queue::most_urgent(&mut chores, |chore| chore.priority() == Low).unwrap();
         assert!(Arc::ptr_eq(&urgent, &all[1]), "the first that is wanted");
+    }
+
+    /// Asks whether it may do one piece, and says what the answer was.
+    struct Asking {
+        wanted: bool,
+        answer: std::sync::Mutex<mpsc::Sender<bool>>,
+    }
+
+    impl Errand for Asking {
+        fn run(&self, allow: &mut dyn FnMut(usize) -> bool) -> Option<Duration> {
+            self.answer.lock().unwrap().send(allow(1)).unwrap();
+            None
+        }
+        fn is_wanted(&self) -> bool {
+            self.wanted
+        }
+    }
+
+    fn asking(wanted: bool) -> (Arc<dyn Errand>, mpsc::Receiver<bool>) {
+        let (answer, answers) = mpsc::channel();
+        let answer = std::sync::Mutex::new(answer);
+        (Arc::new(Asking { wanted, answer }), answers)
+    }
+
+    fn unlimited() -> Throttle {
+        Throttle::new(None, Box::new(SystemClock::new()))
+    }
+
+    fn queue() -> Queue {
+        Queue {
+            chores: Mutex::default(),
+            changed: Condvar::new(),
+            stop: AtomicBool::new(false),
+            throttle: unlimited(),
+            due: Mutex::new(None),
+            errand: OnceLock::new(),
+        }
+    }
+
+    #[test]
+    fn an_errand_stops_for_whoever_wants_it_for_work_and_for_the_end() {
+        for [stop, wanted, work] in [
+            [false, false, false],
+            [true, false, false],
+            [false, true, false],
+            [false, false, true],
+        ] {
+            let (errand, answers) = asking(wanted);
+            let queue = queue();
+            assert!(queue.errand.set(Arc::downgrade(&errand)).is_ok());
+            queue.stop.store(stop, Ordering::Relaxed);
+            let (priority, over) = (Priority::Normal, !work);
+            queue.chores().push(Arc::new(Fake { priority, over }));
+            queue.look_after_errand();
+            let goes_on = !stop && !wanted && !work;
+            assert_eq!(answers.recv(), Ok(goes_on), "{stop} {wanted} {work}");
+        }
+    }
+
+    #[test]
+    fn an_errand_is_not_looked_after_before_it_is_time() {
+        const HOUR: Duration = Duration::from_secs(3600);
+        let queue = queue();
+        let now = Instant::now();
+        queue.look_again(HOUR);
+        let due = *queue.due();
+        assert!(due.is_some_and(|due| due >= now + HOUR));
+        queue.look_again(2 * HOUR);
+        assert_eq!(*queue.due(), due, "that is in time for both");
+        queue.look_again(Duration::ZERO);
+        assert!(queue.due().is_some_and(|due| due < now + HOUR));
+    }
+
+    #[test]
+    fn the_thread_looks_after_what_it_was_entrusted_with() {
+        let (errand, answers) = asking(false);
+        let background = Background::start(unlimited(), None).unwrap();
+        background.entrust(Arc::downgrade(&errand));
+        background.look_again(Duration::ZERO);
+        assert_eq!(answers.recv_timeout(Duration::from_secs(60)), Ok(true));
     }
 }

@@ -460,7 +460,9 @@ mod tests {
         let mut jobs = 0;
         let bytes = entry.try_again(&pool.shared, None, &mut |job| {
             assert!(entry.slot.try_lock().is_ok() && entry.about.try_lock().is_ok());
-            assert!(entry.due().is_some(), "it is not forgotten meanwhile");
+            // It is not forgotten meanwhile, nor looked after again and again.
+            let now = Instant::now();
+            assert!(entry.due().is_some_and(|due| due >= now + FIRST_RETRY));
             let background = entry.try_again(&pool.shared, Some(Instant::now()), &mut |_| {
                 panic!("one attempt at a time");
             });
@@ -488,6 +490,37 @@ mod tests {
         );
         assert_eq!(lock(&pool.shared.withheld.entries).len(), 1);
         assert_eq!(pool.withheld(), []);
+    }
+
+    #[test]
+    fn what_comes_into_quarantine_is_not_tried_at_once() {
+        let (pool, _) = pool_with_file();
+        let set = &pool.shared.withheld;
+        let about = Withheld::new(LeaseId::next(), None, crate::BLOCK_SIZE, String::new());
+        let held = Held {
+            remains: Remains::Capacity,
+            blocks: Blocks::none(&pool.shared.ledger),
+        };
+        let now = Instant::now();
+        set.add(about, held);
+        let due = set.entries()[0].due();
+        assert!(due.is_some_and(|due| due >= now + FIRST_RETRY));
+    }
+
+    #[test]
+    fn the_background_makes_way_for_whoever_wants_an_answer_and_for_no_longer() {
+        let (pool, _) = pool_with_file();
+        let set = &pool.shared.withheld;
+        let is_wanted = || Errand::is_wanted(&**pool.shared);
+        assert!(!is_wanted());
+        let (first, second) = (Waiting::of(set), Waiting::of(set));
+        assert!(is_wanted());
+        drop(first);
+        assert!(is_wanted());
+        drop(second);
+        assert!(!is_wanted());
+        pool.reclaim();
+        assert!(!is_wanted());
     }
 
     #[test]
