@@ -294,4 +294,17 @@ mod tests {
         );
         assert_eq!(round.huge, from_ref(&(BLOCK..2 * BLOCK)));
     }
+
+    #[test]
+    fn a_round_of_nothing_is_the_last_one() {
+        let with = |small, huge| Round {
+            small,
+            huge,
+            ..Round::default()
+        };
+        let some = || Vec::from_iter(Some(0..BLOCK));
+        assert!(with(vec![], vec![]).is_empty());
+        assert!(!with(some(), vec![]).is_empty());
+        assert!(!with(vec![], some()).is_empty());
+    }
 }

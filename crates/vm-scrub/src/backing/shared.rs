@@ -338,6 +338,7 @@ impl Drop for SharedFile {
 mod tests {
     use super::super::BLOCK;
     use super::*;
+    use crate::sys::fault;
     use std::os::unix::fs::FileExt;
 
     const PAGE: usize = 4096;
@@ -380,6 +381,27 @@ mod tests {
         unsafe {
             assert!(map::populate(shared.base.0, BLOCK).is_err());
             assert_eq!(shared.arena().at(0).read_volatile(), 7);
+        }
+    }
+
+    #[test]
+    fn what_the_kernel_cannot_supply_is_not_said_to_be_there() {
+        let mut shared = SharedFile::map(BLOCK, false, None, false).unwrap();
+        // Hugetlb pages would be asked for in the same way.
+        shared.pages = Pages::Huge2M;
+        for call in [Call::Populate, Call::PopulateRead] {
+            // Before Linux 5.14 there is no such question.
+            let missing = fault::inject(call, 0, 1, libc::EINVAL);
+            let all = shared.residency(0..BLOCK).unwrap();
+            assert_eq!(all, Residency::all(0..BLOCK));
+            assert_eq!(missing.hits(), 1);
+            drop(missing);
+            let _refused = fault::inject(call, 0, 1, libc::ENOMEM);
+            let error = shared.residency(0..BLOCK).unwrap_err();
+            assert_eq!((error.call, error.errno()), (call, Some(libc::ENOMEM)));
+            // Then it is asked about through the other view.
+            shared.seal().unwrap();
+            shared.open().unwrap();
         }
     }
 

@@ -489,3 +489,25 @@ impl Pass {
         }
     }
 }
+
+#[cfg(all(test, not(loom)))]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn time_is_divided_by_what_it_was_spent_on() {
+        const NOTHING: Duration = Duration::ZERO;
+        const SECOND: Duration = Duration::from_secs(1);
+        let tally = Tally::default();
+        assert_eq!(tally.divide(SECOND), (NOTHING, SECOND), "nothing was done");
+        // As without verification.
+        tally.add_time(SECOND, NOTHING, SECOND);
+        assert_eq!(tally.divide(SECOND), (SECOND, NOTHING));
+        tally.add_time(NOTHING, SECOND, 3 * SECOND);
+        assert_eq!(tally.divide(SECOND), (SECOND / 4, 3 * SECOND / 4));
+        // As of what is sealed.
+        let tally = Tally::default();
+        tally.add_time(NOTHING, SECOND, SECOND);
+        assert_eq!(tally.divide(SECOND), (NOTHING, SECOND));
+    }
+}

@@ -73,3 +73,15 @@ fn each_step_that_fails_is_reported() {
         assert_eq!((error.call, error.errno()), (call, Some(errno)));
     }
 }
+
+#[test]
+fn what_is_lent_is_the_kernels() {
+    for locked in [false, true] {
+        let arena = AnonymousArena::map(2 * BLOCK, false, None, locked).unwrap();
+        fill(arena.base.0, 2 * BLOCK, 1);
+        arena.lend(0..BLOCK).unwrap();
+        let found = arena.residency(0..2 * BLOCK).unwrap();
+        assert_eq!(found.populated, std::slice::from_ref(&(BLOCK..2 * BLOCK)));
+        assert_eq!(found.never_populated, BLOCK as u64);
+    }
+}
