@@ -7,8 +7,8 @@ use std::time::Duration;
 use vm_scrub::lease::{Cancelled, LeaseError, Outcome, QuarantineReason};
 use vm_scrub::test_support::{Call, Sabotage, arena_address, build_sabotaged, inject};
 use vm_scrub::{
-    BLOCK_SIZE, Lease, LeaseOptions, PageSize, Policy, Pool, ScrubError, ScrubRate, ScrubReceipt,
-    Verify, memory_errors, scrub_raw,
+    BLOCK_SIZE, Lease, LeaseOptions, PageSize, Policy, Pool, Revocation, ScrubError, ScrubRate,
+    ScrubReceipt, Verify, memory_errors, scrub_raw,
 };
 use vm_scrub_tests::child::{alone, end_of, with_huge_pages};
 use vm_scrub_tests::maps::{has_populate_write, is_readable};
@@ -403,6 +403,9 @@ fn of_shared_memory_all_is_kept() {
             fill(&lease, 1);
             let receipt = taken_back(lease, way);
             assert_eq!(receipt.bytes_quarantined, 3 * BLOCK_SIZE);
+            // What is broken is neither sealed nor read back.
+            assert_eq!(receipt.revocation, Revocation::ViewReplaced);
+            assert_eq!(receipt.bytes_verified, 0);
             let named = receipt
                 .quarantined
                 .iter()

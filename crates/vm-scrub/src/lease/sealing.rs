@@ -241,3 +241,67 @@ impl Steps<Verified> {
             .map_or_else(String::new, |(_, detail)| detail.clone())
     }
 }
+
+#[cfg(all(test, not(loom)))]
+mod tests {
+    use super::super::steps::take_away;
+    use super::super::{LeaseOptions, Quiesced};
+    use super::*;
+    use crate::backing::BLOCK;
+    use crate::scrub::Sabotage;
+    use crate::{PageSize, Policy, Pool};
+    use std::os::unix::fs::FileExt;
+    use vm_memory::GuestAddress;
+
+    /// A peer writes after the memory was zeroed, to a page of the file's second block that breaks when it is zeroed again. The pool
+    /// knows that block by another number.
+    #[test]
+    fn what_breaks_when_it_is_zeroed_again_is_quarantined_by_its_number() {
+        let offset = BLOCK + (300 << 10);
+        let breaks = Sabotage::BreakMemory {
+            offset,
+            late: false,
+        };
+        let pool = Pool::builder()
+            .capacity(4 * BLOCK_SIZE)
+            .page_size(PageSize::Base4K)
+            .threads(1)
+            .policy(Policy::new().probe(true))
+            .sabotage(breaks)
+            .build()
+            .unwrap();
+        let other = pool.lease(&[(GuestAddress(0), BLOCK_SIZE)]).unwrap();
+        let options = LeaseOptions::new().shareable(true);
+        let lease = pool
+            .lease_with(&[(GuestAddress(0), 3 * BLOCK_SIZE)], options)
+            .unwrap();
+        // SAFETY: nobody uses the memory.
+        let quiesced = unsafe { Quiesced::assert(&lease) };
+        let mut steps = take_away(lease, quiesced).unwrap();
+        steps.find_populated();
+        let job = steps.job(Work::Zero);
+        let (zeroed, _) = steps.run(&job);
+        let mut steps = steps.scrubbed(&zeroed);
+        steps
+            .with_file(|file| {
+                file.file().write_all_at(&[1], offset as u64).unwrap();
+                Ok(())
+            })
+            .unwrap();
+        steps.zero_again().unwrap();
+        let lost: Vec<u64> = steps.lost.keys().copied().collect();
+        assert_eq!(lost, [1]);
+        let still_held = |block: &u64| {
+            let extents = steps.blocks.extents().iter();
+            extents
+                .clone()
+                .any(|held| (held.first..held.end()).contains(block))
+        };
+        let held: Vec<u64> = (0..4).filter(still_held).collect();
+        assert_eq!(held, [1, 3], "block 0 is somebody else's");
+        assert_eq!(pool.accounts().quarantined, BLOCK_SIZE);
+        let receipt = steps.verified_sealed().recycle().unwrap();
+        assert_eq!(receipt.bytes_quarantined, 3 * BLOCK_SIZE);
+        drop(other);
+    }
+}
