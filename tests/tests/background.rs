@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 use vm_memory::{Bytes, GuestAddress};
-use vm_scrub::lease::{Cancelled, LeaseError};
+use vm_scrub::lease::{Cancelled, LeaseError, QuarantineReason};
 use vm_scrub::test_support::inject;
 use vm_scrub::{
     Lease, Pool, PoolBuilder, Priority, Quiesced, RevokeBy, ScrubRate, TeardownError, Ticket,
@@ -136,6 +136,22 @@ fn a_lease_request_helps_instead_of_failing() {
     );
 }
 
+/// Of two retired leases it helps with one, where that is enough.
+#[test]
+fn a_lease_request_helps_until_there_is_enough() {
+    let (pool, clock) = crawling(5);
+    let [(first, first_quiesced), (second, second_quiesced)] =
+        [2, 2].map(|n| dirty_lease(&pool, n));
+    let first = first.retire(first_quiesced).unwrap();
+    clock.wait_until_asleep();
+    let second = second.retire(second_quiesced).unwrap();
+    let next = pool.lease(&[(GuestAddress(0), 2 * BLOCK)]).unwrap();
+    assert!(first.is_finished() && !second.is_finished());
+    assert_eq!(pool.accounts().clean, BLOCK);
+    drop(next);
+    assert!(second.wait().unwrap().is_proven());
+}
+
 #[test]
 fn cancelling_hands_the_memory_back_dirty() {
     let (pool, clock) = crawling(4);
@@ -191,6 +207,29 @@ fn a_block_about_which_the_kernel_does_not_answer_is_lost_alone() {
     );
     assert!(other.wait().unwrap().is_proven());
     assert_eq!(pool.accounts().clean, 4 * BLOCK);
+    assert_free_memory_is_zero(&pool);
+}
+
+/// The kernel says of one block that its memory is broken. So it has said something about it.
+#[test]
+fn a_block_that_the_kernel_knows_to_be_broken_is_lost_alone() {
+    let pool = builder(3).threads(1).build().unwrap();
+    let (lease, quiesced) = dirty_lease(&pool, 3);
+    let dirty = lease.revoke(quiesced).unwrap();
+    // The question about all of it, and then that about its first block.
+    let fault = inject(pagemap_call(), 0, 2, libc::EHWPOISON);
+    let scrubbed = dirty.scrub();
+    assert_eq!(fault.hits(), 2);
+    drop(fault);
+    let receipt = scrubbed.verify().recycle().unwrap();
+    let lost: Vec<_> = receipt
+        .quarantined
+        .iter()
+        .map(|range| (range.guest_address, range.bytes, range.reason))
+        .collect();
+    assert_eq!(lost, [(0, BLOCK, QuarantineReason::MemoryError)]);
+    assert_eq!(receipt.bytes_scrubbed, 2 * BLOCK);
+    assert_eq!(pool.accounts().clean, 2 * BLOCK);
     assert_free_memory_is_zero(&pool);
 }
 

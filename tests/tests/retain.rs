@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 use vm_scrub::test_support::{Call, Sabotage, build_sabotaged, inject};
-use vm_scrub::{BLOCK_SIZE, Lease, PageSize, Policy, Pool, PoolBuilder, RevokeBy};
+use vm_scrub::{BLOCK_SIZE, Lease, LeaseOptions, PageSize, Policy, Pool, PoolBuilder, RevokeBy};
 use vm_scrub_tests::maps::populated_bytes;
 use vm_scrub_tests::{
     PAGE, assert_all_zero, assert_nothing_dirty_left, fill, on_every_page_size,
@@ -14,7 +14,10 @@ on_every_page_size!(
     what_is_beyond_goes: 4,
     nothing_leaves_quarantine: 4,
 );
-on_small_page_sizes!(only_what_was_touched_goes);
+on_small_page_sizes!(
+    only_what_was_touched_goes,
+    what_is_shared_is_not_what_is_retained
+);
 
 fn retaining(page_size: PageSize, bytes: u64) -> PoolBuilder {
     let policy = Policy::new().retain(bytes);
@@ -96,6 +99,20 @@ fn nothing_leaves_quarantine(page_size: PageSize) {
         };
         assert_eq!(receipt.bytes_returned, returned, "{sabotage:?}");
     }
+}
+
+/// A shareable lease's file goes back as a whole, and nothing of what the pool has at the same offsets.
+fn what_is_shared_is_not_what_is_retained(page_size: PageSize) {
+    let pool = retaining(page_size, BLOCK_SIZE).build().unwrap();
+    let options = LeaseOptions::new().shareable(true);
+    let lease = pool
+        .lease_with(&regions(&[(0, 2 * BLOCK_SIZE)]), options)
+        .unwrap();
+    fill(&lease, 1);
+    let receipt = teardown(lease);
+    assert!(receipt.is_proven());
+    assert_eq!(receipt.bytes_returned, 0);
+    assert_nothing_dirty_left(&pool);
 }
 
 /// A refusal of the kernel costs memory and nothing else.

@@ -13,8 +13,8 @@ use vm_scrub::{
 use vm_scrub_tests::maps::{is_readable, populated_bytes};
 use vm_scrub_tests::peer::{self, Peer};
 use vm_scrub_tests::{
-    assert_all_zero, assert_nothing_dirty_left, fill, on_every_page_size, pool, pools, quiesce,
-    regions, smear, teardown,
+    assert_all_zero, assert_nothing_dirty_left, fill, on_every_page_size, on_small_page_sizes,
+    pool, pools, quiesce, regions, smear, teardown,
 };
 
 /// Blocks of each pool, and of each guest.
@@ -34,6 +34,7 @@ on_every_page_size!(
     a_pool_lends_its_own_memory_meanwhile: 3,
     a_pool_that_is_populated_stays_so: 3,
 );
+on_small_page_sizes!(a_pool_that_is_not_populated_stays_so);
 
 #[test]
 fn peer() {
@@ -359,4 +360,24 @@ fn a_pool_that_is_populated_stays_so(page_size: PageSize) {
         );
     }
     assert_back(&pool);
+}
+
+/// What a shareable lease has taken the place of is not supplied before a guest needs it.
+fn a_pool_that_is_not_populated_stays_so(page_size: PageSize) {
+    let pool = pool(page_size, BLOCKS);
+    // Given back to the kernel for the time of the next one.
+    let ordinary = pool.lease(&regions(&GUEST)).unwrap();
+    fill(&ordinary, 1);
+    assert!(teardown(ordinary).is_proven());
+    for round in 2..4 {
+        let shareable = lease(&pool);
+        fill(&shareable, round);
+        proven(&teardown(shareable));
+    }
+    let ordinary = pool.lease(&regions(&GUEST)).unwrap();
+    for (region, start) in ordinary.host_addresses() {
+        let window = start.addr()..start.addr() + region.bytes as usize;
+        assert_eq!(populated_bytes(window), 0);
+    }
+    assert!(teardown(ordinary).is_proven());
 }

@@ -85,3 +85,32 @@ fn what_is_lent_is_the_kernels() {
         assert_eq!(found.never_populated, BLOCK as u64);
     }
 }
+
+/// Each lease would leave one mapping more otherwise.
+#[test]
+fn what_comes_home_untouched_is_one_mapping_with_its_neighbours() {
+    const BLOCKS: usize = 5;
+    let arena = AnonymousArena::map(BLOCKS * BLOCK, false, None, false).unwrap();
+    let inside = arena.base.0.addr()..arena.base.0.addr() + BLOCKS * BLOCK;
+    let mappings = || {
+        let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
+        let start = |line: &str| {
+            let (start, _) = line.split_once('-').unwrap();
+            usize::from_str_radix(start, 16).unwrap()
+        };
+        let starts = maps.lines().map(start);
+        starts.filter(|start| inside.contains(start)).count()
+    };
+    let before = mappings();
+    for block in [1, 3] {
+        let window = WindowSpace::new(0).open(BLOCK).unwrap();
+        // SAFETY: the range is free and the window closed; then it is granted and nobody refers to it.
+        unsafe {
+            arena.grant(block * BLOCK, window.start().0, BLOCK).unwrap();
+            arena
+                .revoke(block * BLOCK, window.start().0, BLOCK)
+                .unwrap();
+        }
+        assert_eq!(mappings(), before, "block {block}");
+    }
+}
