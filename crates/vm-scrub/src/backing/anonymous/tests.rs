@@ -88,7 +88,7 @@ fn what_is_lent_is_the_kernels() {
 
 /// Each lease would leave one mapping more otherwise.
 #[test]
-fn what_comes_home_untouched_is_one_mapping_with_its_neighbours() {
+fn what_comes_home_is_one_mapping_with_its_neighbours() {
     const BLOCKS: usize = 5;
     let arena = AnonymousArena::map(BLOCKS * BLOCK, false, None, false).unwrap();
     let inside = arena.base.0.addr()..arena.base.0.addr() + BLOCKS * BLOCK;
@@ -107,6 +107,7 @@ fn what_comes_home_untouched_is_one_mapping_with_its_neighbours() {
         // SAFETY: the range is free and the window closed; then it is granted and nobody refers to it.
         unsafe {
             arena.grant(block * BLOCK, window.start().0, BLOCK).unwrap();
+            fill(window.start().0, 1, 1);
             arena
                 .revoke(block * BLOCK, window.start().0, BLOCK)
                 .unwrap();
