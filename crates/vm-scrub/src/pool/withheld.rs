@@ -503,8 +503,36 @@ mod tests {
         };
         let now = Instant::now();
         set.add(about, held);
-        let due = set.entries()[0].due();
-        assert!(due.is_some_and(|due| due >= now + FIRST_RETRY));
+        let entry = &set.entries()[0];
+        assert!(entry.due().is_some_and(|due| due >= now + FIRST_RETRY));
+        let mut all = |job: &Job| job.work(|_| true, None);
+        assert_eq!(entry.try_again(&pool.shared, Some(now), &mut all), 0);
+        let later = Some(now + Duration::from_secs(3600));
+        let bytes = entry.try_again(&pool.shared, later, &mut all);
+        assert_eq!(bytes, crate::BLOCK_SIZE);
+    }
+
+    #[test]
+    fn after_each_attempt_in_vain_the_wait_is_twice_as_long_up_to_an_end() {
+        let (_pool, entry) = pool_with_file();
+        let notes = |kept: Kept, wait: Duration| {
+            let before = Instant::now();
+            let about = entry.note(kept);
+            let due = lock(&entry.about).1;
+            assert!(due >= before + wait && due <= Instant::now() + wait);
+            about.attempts
+        };
+        for (attempt, millis) in [50, 100, 200, 400, 800, 1600, 3200, 6400, 6400, 6400]
+            .into_iter()
+            .enumerate()
+        {
+            let still = Kept::Still("on purpose".to_owned());
+            let attempts = notes(still, Duration::from_millis(millis));
+            assert_eq!(attempts as usize, attempt + 1);
+        }
+        // Nothing is known better than before.
+        let attempts = notes(Kept::Interrupted, Duration::from_millis(6400));
+        assert_eq!(attempts, 10);
     }
 
     #[test]
