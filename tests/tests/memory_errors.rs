@@ -211,13 +211,20 @@ fn break_at(at: *mut u8, page_size: PageSize) {
 /// What is in its place when somebody goes on with it is something else, and zero or not says nothing about the memory.
 fn what_was_broken_when_it_was_cancelled_stays_lost(page_size: PageSize) {
     memory_errors::install().unwrap();
+    for before in [0, 1] {
+        what_was_broken_stays_lost_behind(before, page_size);
+    }
+}
+
+/// The lease begins behind so many blocks of the pool.
+fn what_was_broken_stays_lost_behind(before: u64, page_size: PageSize) {
     let slowly = ScrubRate {
         bytes_per_second: 2 << 20,
         burst: 0,
     };
     let arena: Arc<OnceLock<usize>> = Arc::default();
     let (known, once) = (Arc::clone(&arena), Once::new());
-    let pool = pools::builder(page_size, 2)
+    let pool = pools::builder(page_size, 3)
         .threads(1)
         .scrub_rate(slowly)
         .on_progress(move |_| {
@@ -229,12 +236,15 @@ fn what_was_broken_when_it_was_cancelled_stays_lost(page_size: PageSize) {
                 } else {
                     300 << 10
                 };
-                break_at(start.wrapping_add(at), page_size);
+                let block = (before * BLOCK_SIZE) as usize;
+                break_at(start.wrapping_add(block + at), page_size);
             });
         })
         .build()
         .unwrap();
     arena.set(arena_address(&pool).expose_provenance()).unwrap();
+    let others = (0..before).map(|_| pool.lease(&regions(&[(0, BLOCK_SIZE)])));
+    let others: Vec<Lease> = others.map(Result::unwrap).collect();
     let lease = pool.lease(&regions(&[(BASE, 2 * BLOCK_SIZE)])).unwrap();
     fill(&lease, 1);
     let quiesced = quiesce(&lease);
@@ -252,6 +262,7 @@ fn what_was_broken_when_it_was_cancelled_stays_lost(page_size: PageSize) {
     let mut reasons = receipt.quarantined.iter().map(|range| range.reason);
     assert!(reasons.any(|reason| reason == QuarantineReason::MemoryError));
     assert_eq!(pool.accounts().quarantined, BLOCK_SIZE);
+    drop(others);
     assert_nothing_dirty_left(&pool);
 }
 

@@ -504,12 +504,17 @@ mod tests {
         let now = Instant::now();
         set.add(about, held);
         let entry = &set.entries()[0];
-        assert!(entry.due().is_some_and(|due| due >= now + FIRST_RETRY));
+        let due = entry.due().unwrap();
+        assert!(due >= now + FIRST_RETRY);
         let mut all = |job: &Job| job.work(|_| true, None);
-        assert_eq!(entry.try_again(&pool.shared, Some(now), &mut all), 0);
-        let later = Some(now + Duration::from_secs(3600));
-        let bytes = entry.try_again(&pool.shared, later, &mut all);
-        assert_eq!(bytes, crate::BLOCK_SIZE);
+        for (by, bytes) in [
+            (now, 0),
+            (due - Duration::from_nanos(1), 0),
+            (due, crate::BLOCK_SIZE),
+        ] {
+            let back = entry.try_again(&pool.shared, Some(by), &mut all);
+            assert_eq!(back, bytes, "{:?} before it is due", due - by);
+        }
     }
 
     #[test]
