@@ -5,9 +5,10 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 use vm_memory::{Bytes, GuestAddress};
 use vm_scrub::lease::{Cancelled, LeaseError, QuarantineReason};
-use vm_scrub::test_support::inject;
+use vm_scrub::test_support::{Call, inject};
 use vm_scrub::{
-    Lease, Pool, PoolBuilder, Priority, Quiesced, RevokeBy, ScrubRate, TeardownError, Ticket,
+    Lease, PageSize, Pool, PoolBuilder, Priority, Quiesced, RevokeBy, ScrubRate, TeardownError,
+    Ticket,
 };
 use vm_scrub_tests::clock::StoppedClock;
 use vm_scrub_tests::maps::pagemap_call;
@@ -208,6 +209,41 @@ fn a_block_about_which_the_kernel_does_not_answer_is_lost_alone() {
     assert!(other.wait().unwrap().is_proven());
     assert_eq!(pool.accounts().clean, 4 * BLOCK);
     assert_free_memory_is_zero(&pool);
+}
+
+/// What stays with its guest is not asked about, and the answers about the rest stand for the rest.
+#[test]
+fn what_was_not_taken_away_is_lost_alone() {
+    let pool = builder(3)
+        .page_size(PageSize::Base4K)
+        .revoke_by(RevokeBy::Mremap)
+        .build()
+        .unwrap();
+    let regions = [(0, BLOCK), (4 * BLOCK, 2 * BLOCK)];
+    let lease = pool
+        .lease(&regions.map(|(start, bytes)| (GuestAddress(start), bytes)))
+        .unwrap();
+    // All but the last page.
+    let memory = lease.memory();
+    for (start, bytes) in [(0, BLOCK), (4 * BLOCK, BLOCK), (5 * BLOCK, BLOCK - 4096)] {
+        memory
+            .write_slice(&vec![1_u8; bytes as usize], GuestAddress(start))
+            .unwrap();
+    }
+    drop(memory);
+    // SAFETY: the only handle is dropped.
+    let quiesced = unsafe { Quiesced::assert(&lease) };
+    let fault = inject(Call::Mremap, 0, 1, libc::ENOMEM);
+    let ticket = lease.retire(quiesced).unwrap();
+    assert_eq!(fault.hits(), 1);
+    drop(fault);
+    let receipt = ticket.wait_in_background().unwrap();
+    assert_eq!(receipt.bytes_quarantined, BLOCK);
+    assert_eq!(receipt.quarantined[0].guest_address, 0);
+    assert_eq!(receipt.quarantined[0].reason, QuarantineReason::NotRevoked);
+    assert_eq!(receipt.bytes_scrubbed, 2 * BLOCK - 4096);
+    assert_eq!(receipt.bytes_never_populated, 4096);
+    assert_eq!(pool.accounts().clean, 2 * BLOCK);
 }
 
 /// The kernel says of one block that its memory is broken. So it has said something about it.
