@@ -367,6 +367,17 @@ mod tests {
     }
 
     #[test]
+    fn what_was_populated_is_there() {
+        let shared = SharedFile::map(3 * BLOCK, false, None, false).unwrap();
+        shared.populate(BLOCK..2 * BLOCK).unwrap();
+        let found = shared.residency(0..3 * BLOCK).unwrap();
+        assert_eq!(
+            found.populated,
+            std::slice::from_ref(&(BLOCK..2 * BLOCK))
+        );
+    }
+
+    #[test]
     fn a_sealed_file_is_read_through_another_view() {
         let mut shared = SharedFile::map(BLOCK, false, None, false).unwrap();
         // SAFETY: the view is mapped, writable and this test's own.

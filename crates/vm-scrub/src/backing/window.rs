@@ -275,6 +275,19 @@ mod tests {
         }
     }
 
+    /// Somebody may still have it, whatever becomes of the others of its reservation.
+    #[test]
+    fn a_window_that_is_leaked_stays_reserved() {
+        for budget in [0, SHARED] {
+            let space = WindowSpace::new(budget);
+            let window = space.open(BLOCK).unwrap();
+            let range = addresses(&window);
+            window.leak();
+            drop(space);
+            assert_eq!(mappings(&range), 1);
+        }
+    }
+
     #[test]
     fn a_retired_window_is_not_given_out_again_while_there_is_room() {
         for budget in [SHARED, 1 << 40] {
