@@ -371,10 +371,7 @@ mod tests {
         let shared = SharedFile::map(3 * BLOCK, false, None, false).unwrap();
         shared.populate(BLOCK..2 * BLOCK).unwrap();
         let found = shared.residency(0..3 * BLOCK).unwrap();
-        assert_eq!(
-            found.populated,
-            std::slice::from_ref(&(BLOCK..2 * BLOCK))
-        );
+        assert_eq!(found.populated, std::slice::from_ref(&(BLOCK..2 * BLOCK)));
     }
 
     #[test]

@@ -554,6 +554,16 @@ mod tests {
         assert!(ticket.wait().unwrap().is_proven());
     }
 
+    #[test]
+    fn it_is_as_urgent_as_was_said_last() {
+        let (_pool, ticket) = retired_in(Pool::builder());
+        assert_eq!(Chore::priority(&*ticket.retired), Priority::Normal);
+        for priority in [Priority::Low, Priority::High, Priority::Normal] {
+            ticket.set_priority(priority);
+            assert_eq!(Chore::priority(&*ticket.retired), priority);
+        }
+    }
+
     /// Pieces that are not zero get a second chance one by one, and whoever looks while the last of them is being taken finds
     /// nothing to take, and nothing done.
     #[test]
