@@ -255,3 +255,40 @@ fn give_back(
     }
     over(*steps)
 }
+
+#[cfg(all(test, not(loom)))]
+mod tests {
+    use super::super::steps::take_away;
+    use super::super::{LeaseOptions, Quiesced};
+    use super::*;
+    use crate::{BLOCK_SIZE, PageSize, Pool};
+    use vm_memory::GuestAddress;
+
+    #[test]
+    fn who_waits_to_seal_once_more_looks_up_again_and_again() {
+        let builder = Pool::builder().capacity(BLOCK_SIZE).threads(1);
+        let pool = builder.page_size(PageSize::Base4K).build().unwrap();
+        let options = LeaseOptions::new().shareable(true);
+        let lease = pool
+            .lease_with(&[(GuestAddress(0), BLOCK_SIZE)], options)
+            .unwrap();
+        // SAFETY: nobody uses the memory.
+        let quiesced = unsafe { Quiesced::assert(&lease) };
+        let mut steps = take_away(lease, quiesced).unwrap();
+        steps.find_populated();
+        let job = steps.job(Work::Zero);
+        let (zeroed, _) = steps.run(&job);
+        let pause = Pause {
+            until: Instant::now() + Duration::from_secs(3600),
+            attempt: 1,
+        };
+        let mut asked = 0;
+        let mut go_on = |_| {
+            asked += 1;
+            asked < 3
+        };
+        let next = Stage::Pause(Box::new(steps), zeroed, pause).proceed(&mut go_on, &|_| ());
+        assert!(matches!(next, Next::Stage(Stage::Pause(..))), "{next:?}");
+        assert_eq!(asked, 3);
+    }
+}
