@@ -11,7 +11,13 @@ fn what_was_measured_on_is_unmapped() {
 }
 
 fn measured(loops: Loops, bytes: usize, cost: f64) -> Measured {
-    Measured { bytes, loops, cost }
+    let turns = u32::from(cost.is_finite());
+    Measured {
+        bytes,
+        loops,
+        cost,
+        turns,
+    }
 }
 
 fn of(measured: Vec<Measured>) -> Calibration {
