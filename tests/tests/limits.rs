@@ -267,3 +267,64 @@ fn hugetlb_pages_run_out() {
         assert_nothing_dirty_left(&pool);
     }
 }
+
+/// Mappings of at least 16 MiB: those of pools.
+fn large_mappings() -> Vec<(usize, usize)> {
+    let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
+    let ranges = maps.lines().map(|line| {
+        let (start, rest) = line.split_once('-').unwrap();
+        let end = rest.split(' ').next().unwrap();
+        let address = |text| usize::from_str_radix(text, 16).unwrap();
+        (address(start), address(end))
+    });
+    ranges
+        .filter(|(start, end)| end - start >= 16 << 20)
+        .collect()
+}
+
+/// What a guest had is moved within the limit, or not at all: a move that the kernel refuses half-way leaves address space to whoever
+/// comes next, and the pool would unmap it when it goes.
+#[test]
+fn a_limit_on_data_leaves_no_hole() {
+    alone("a_limit_on_data_leaves_no_hole", || {
+        const MANY: u64 = 32;
+        let pool = pools::builder(PageSize::Base4K, MANY).build().unwrap();
+        let all = regions(&[(0, MANY * BLOCK_SIZE)]);
+        let lease = pool.lease(&all).unwrap();
+        fill(&lease, 1);
+        let before = large_mappings();
+        // Less than the guest has.
+        let leave = |bytes| limits::set(libc::RLIMIT_DATA, limits::in_status("VmData:") + bytes);
+        leave(16 << 20);
+        let receipt = end(lease, false);
+        leave(16 << 20);
+        let refused = pool.lease(&all);
+        limits::set(libc::RLIMIT_DATA, libc::RLIM_INFINITY);
+        let error = refused.unwrap_err();
+
+        assert!(receipt.is_proven(), "{receipt:?}");
+        // The call that fails is the one that changes nothing.
+        let LeaseError::Map { source, .. } = error else {
+            panic!("{error}");
+        };
+        assert_eq!(source.call.name(), "mprotect", "{source}");
+        let after = large_mappings();
+        for (start, end) in before {
+            let mut at = start;
+            for (next, until) in &after {
+                if (*next..*until).contains(&at) {
+                    at = *until;
+                }
+            }
+            // Small mappings are not looked at: what is left of the block in which one begins may be any.
+            assert!(
+                at + (2 << 20) >= end,
+                "a hole at {at:#x} of {start:#x} to {end:#x}"
+            );
+        }
+        let next = pool.lease(&all).unwrap();
+        assert_all_zero(&next);
+        drop(next);
+        assert_nothing_dirty_left(&pool);
+    });
+}

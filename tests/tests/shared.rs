@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 use vm_scrub::lease::QuarantineReason;
 use vm_scrub::{
-    BLOCK_SIZE, Lease, LeaseOptions, PageSize, Pool, Revocation, ScrubReceipt, Withheld,
+    BLOCK_SIZE, Lease, LeaseOptions, PageSize, Policy, Pool, Revocation, ScrubReceipt, Withheld,
 };
 use vm_scrub_tests::maps::{is_readable, populated_bytes};
 use vm_scrub_tests::peer::{self, Peer};
@@ -360,6 +360,19 @@ fn a_pool_that_is_populated_stays_so(page_size: PageSize) {
         );
     }
     assert_back(&pool);
+
+    // But for what a lease may not leave behind.
+    if page_size != PageSize::Huge2M {
+        let policy = Policy::new().retain(BLOCK_SIZE + 4096);
+        let builder = pools::builder(page_size, BLOCKS).populate(true);
+        let pool = builder.policy(policy).build().unwrap();
+        proven(&teardown(lease(&pool)));
+        let all = regions(&[(0, BLOCKS * BLOCK_SIZE)]);
+        let all = pool.lease(&all).unwrap();
+        let (region, start) = all.host_addresses().remove(0);
+        let window = start.addr()..start.addr() + region.bytes as usize;
+        assert_eq!(populated_bytes(window), BLOCK_SIZE);
+    }
 }
 
 /// What a shareable lease has taken the place of is not supplied before a guest needs it.

@@ -10,6 +10,7 @@ use comfy_table::{Cell, CellAlignment, Table, presets};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use std::fmt::Display;
 use std::time::Duration;
+use vm_scrub::lease::QuarantineReason;
 use vm_scrub::{Lease, ScrubReceipt};
 use vm_scrub_vmm::{Deliveries, Scan};
 
@@ -152,10 +153,13 @@ impl Narrator {
             bytes(receipt.bytes_quarantined)
         ));
         if let Some(first) = receipt.quarantined.first() {
-            self.say(format_args!(
-                "Verification caught the scrubber: {}.",
-                first.detail
-            ));
+            let found = first.reason == QuarantineReason::NotZero;
+            let who = if found {
+                "Verification caught the scrubber"
+            } else {
+                "That is in quarantine"
+            };
+            self.say(format_args!("{who}: {}.", first.detail));
         }
     }
 

@@ -80,7 +80,7 @@ impl Isolation {
         // window is the caller's.
         unsafe {
             // As for granting: a move that fails for that limit has unmapped its destination.
-            if map::data_is_limited() && map::map_anonymous(staged, len).is_err() {
+            if map::data_is_limited() && map::make_writable(staged, len).is_err() {
                 return Ok(false);
             }
             move_pieces(window, staged, len).map_err(|(_, error)| error)?;
@@ -214,7 +214,9 @@ impl Isolation {
         // SAFETY: passed on to the caller.
         unsafe {
             let populated = map::populate(home, len);
-            self.register_again(home, len)?;
+            // A range that stays off the register is revoked without proof next time.
+            self.register_again(home, len)
+                .or_else(|_| self.register_again(home, len))?;
             populated
         }
     }

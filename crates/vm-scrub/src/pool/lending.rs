@@ -24,8 +24,16 @@ impl Shared {
             .map(|extent| self.backing.refill(bytes(extent)))
             .collect();
         if self.populate && refilled.is_ok() {
+            // As much as a lease may leave behind.
+            let mut retained = usize::try_from(self.retain).unwrap_or(usize::MAX);
             for extent in extents {
-                if let Err(error) = self.backing.populate(bytes(extent)) {
+                let Range { start, end } = bytes(extent);
+                let range = start..start + retained.min(end - start) / BLOCK * BLOCK;
+                retained -= range.len();
+                if range.is_empty() {
+                    break;
+                }
+                if let Err(error) = self.backing.populate(range) {
                     log::warn!("{extent:?} is not populated again: {error}");
                 }
             }

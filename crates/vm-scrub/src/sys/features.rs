@@ -9,7 +9,7 @@ use super::pagemap::Pagemap;
 use super::procmap::Maps;
 use super::userfaultfd::Userfaultfd;
 use super::{Result, fault, memfd, mlock};
-use std::sync::Once;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 /// Something that not every kernel has.
 struct Feature {
@@ -91,14 +91,15 @@ const FEATURES: &[Feature] = &[
 
 /// Logs what this kernel has and what it has not, once in a process. Where nobody would read it, nothing is tried.
 pub(crate) fn log_once() {
-    static LOGGED: Once = Once::new();
-    if !log::log_enabled!(log::Level::Info) {
+    static LOGGED: AtomicBool = AtomicBool::new(false);
+    if !log::log_enabled!(log::Level::Info) || LOGGED.swap(true, Ordering::Relaxed) {
         return;
     }
-    LOGGED.call_once(|| match fault::spared(probe_all) {
+    // With nothing held: the embedder's logger may panic, or build a pool.
+    match fault::spared(probe_all) {
         Ok(answers) => log::info!("{}", line(&answers)),
         Err(error) => log::info!("not found out what this kernel has: {error}"),
-    });
+    }
 }
 
 /// What each feature answers, in their order.

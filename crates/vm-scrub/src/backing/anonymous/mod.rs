@@ -172,11 +172,12 @@ impl AnonymousArena {
         let home = self.base.at(offset);
         // The kernel unmaps the window before it finds that a limit on writable memory does not allow the move, and what another
         // thread maps there meanwhile would be lost with the window. So the window becomes such memory first: that fails
-        // before anything has changed, and afterwards the move takes no more of it than there is.
+        // before anything has changed, and afterwards the move takes no more of it than there is. By changing its protection:
+        // a new mapping over it may be more than the limit allows by as much as lies there already.
         let writable = map::data_is_limited();
         if writable {
             // SAFETY: the caller says that the window is closed and ours.
-            unsafe { map::map_anonymous(window, len) }.map_err(|error| NotGranted {
+            unsafe { map::make_writable(window, len) }.map_err(|error| NotGranted {
                 error,
                 stuck: false,
             })?;
