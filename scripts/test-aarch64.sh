@@ -20,6 +20,12 @@ skip backing::anonymous::tests::bytes_come_back_to_the_arena_and_the_window_is_c
 
 skip backing::shared::tests::a_sealed_file_is_read_through_another_view \
     'nor does a view that was closed refuse MADV_POPULATE_READ'
+skip lease::sealing::tests::what_breaks_when_it_is_zeroed_again_is_quarantined_by_its_number \
+    'nor is memory that breaks found by asking for it'
+skip pool::withheld::tests::a_memory_error_is_not_forgotten_by_an_attempt_that_is_broken_off \
+    'the same'
+skip backing::anonymous::tests::what_is_lent_is_the_kernels 'it locks no memory (mlock2)'
+skip backing::shared::tests::what_was_populated_is_there 'nor does it populate anything'
 skip scrub::calibrate::tests::what_was_measured_on_is_unmapped \
     'QEMU goes on to new addresses where the kernel uses old ones again'
 skip sys::pagemap::tests::what_another_file_says_is_not_believed \
