@@ -105,6 +105,31 @@ fn what_the_kernel_has_is_logged_once() {
     });
 }
 
+/// A logger that panics at that line, as one does whose terminal is gone, or that builds a pool of its own.
+#[test]
+fn who_hears_what_the_kernel_has_may_build_pools() {
+    struct Busy;
+    impl log::Log for Busy {
+        fn enabled(&self, _: &log::Metadata<'_>) -> bool {
+            true
+        }
+        fn log(&self, record: &log::Record<'_>) {
+            if record.args().to_string().contains("the kernel has ") {
+                drop(builder(PageSize::Base4K).build().unwrap());
+                panic!("on purpose");
+            }
+        }
+        fn flush(&self) {}
+    }
+    alone("who_hears_what_the_kernel_has_may_build_pools", || {
+        log::set_logger(&Busy).unwrap();
+        log::set_max_level(log::LevelFilter::Info);
+        let first = std::panic::catch_unwind(|| builder(PageSize::Base4K).build().is_ok());
+        assert!(first.is_err());
+        drop(builder(PageSize::Base4K).build().unwrap());
+    });
+}
+
 /// A kernel that was built without hugetlb pages, or without those of 2 MiB.
 #[test]
 fn without_hugetlb_pages() {

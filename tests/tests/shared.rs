@@ -7,6 +7,7 @@ use std::thread::sleep;
 use std::time::{Duration, Instant};
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 use vm_scrub::lease::QuarantineReason;
+use vm_scrub::test_support::{Call, inject};
 use vm_scrub::{
     BLOCK_SIZE, Lease, LeaseOptions, PageSize, Policy, Pool, Revocation, ScrubReceipt, Withheld,
 };
@@ -33,6 +34,7 @@ on_every_page_size!(
     a_retired_lease_is_sealed_too: 6,
     a_pool_lends_its_own_memory_meanwhile: 3,
     a_pool_that_is_populated_stays_so: 3,
+    memory_that_could_not_be_populated_is_revoked_with_proof_all_the_same: 3,
 );
 on_small_page_sizes!(a_pool_that_is_not_populated_stays_so);
 
@@ -393,4 +395,29 @@ fn a_pool_that_is_not_populated_stays_so(page_size: PageSize) {
         assert_eq!(populated_bytes(window), 0);
     }
     assert!(teardown(ordinary).is_proven());
+}
+
+fn memory_that_could_not_be_populated_is_revoked_with_proof_all_the_same(page_size: PageSize) {
+    let builder = pools::builder(page_size, BLOCKS).populate(true).threads(1);
+    let pool = builder.build().unwrap();
+    let shareable = lease(&pool);
+    fill(&shareable, 1);
+    let quiesced = quiesce(&shareable);
+    let none_left = inject(Call::Populate, 0, u32::MAX, libc::ENOMEM);
+    let receipt = shareable.teardown(quiesced).unwrap();
+    assert!(none_left.hits() > 0);
+    drop(none_left);
+    if page_size != PageSize::Huge2M {
+        proven(&receipt);
+    }
+    pool.reclaim();
+    let ordinary = pool.lease(&regions(&GUEST)).unwrap();
+    fill(&ordinary, 2);
+    let receipt = teardown(ordinary);
+    assert!(receipt.is_proven());
+    assert_eq!(
+        receipt.revocation,
+        vm_scrub_tests::maps::revocation(page_size)
+    );
+    assert_back(&pool);
 }
