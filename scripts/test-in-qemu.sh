@@ -32,11 +32,13 @@ case ${1-} in
         shift
         list=scripts/lib/qemu-ci
         [[ -r $list ]] || die "$list is missing"
+        ! grep -nvE '^(#.*||[a-z_0-9]+( [0-9]+\.[0-9]+-(nested|shadow))+)$' "$list" || die "$list: not a program and its machines"
         program_limit=150
         machine_limit=300
         mapfile -t kernels < <(grep -v '^#' "$list" | grep -oE '[0-9.]+-(nested|shadow)' | sed 's/-.*//' | sort -uV)
         ;;
 esac
+[[ ! "$*" =~ (^|\ )- ]] || die "usage: ${0##*/} [--brief | --ci] [KERNEL...]"
 [[ $# -eq 0 ]] || kernels=("$@")
 pagings=(nested shadow)
 out=target/qemu

@@ -9,7 +9,7 @@ use vm_scrub_benches::MEMORY;
 
 fn fused(criterion: &mut Criterion) {
     let mut memory = vec![1_u8; MEMORY];
-    let (_, verify) = calibration().fastest_zero_and_verify(MEMORY as u64);
+    let (_, verify) = calibration().fastest_zero_and_verify(MEMORY as u64, 1);
     let mut group = criterion.benchmark_group("fused");
     group.throughput(Throughput::Bytes(MEMORY as u64));
     for zero in ZeroLoop::available() {

@@ -31,7 +31,8 @@ fn refused(lease: Lease, quiesced: Quiesced, holders: usize) -> (Lease, Quiesced
     let id = lease.id();
     let error = lease.teardown(quiesced).expect_err("a handle is alive");
     let text = error.to_string();
-    let advice = format!("{id} is not torn down: {holders} owners still hold its guest memory");
+    let advice =
+        format!("{id} is not torn down: its guest memory still has {holders} other owner(s)");
     assert!(text.starts_with(&advice), "{text}");
     assert!(
         text.contains("drop every clone of `GuestMemoryMmap`"),

@@ -42,7 +42,7 @@ pub(crate) enum Command {
 #[derive(Debug, Arguments)]
 pub(crate) struct DemoArgs {
     /// Memory of each guest, a multiple of 2 MiB (K, M, G and KiB, MiB, GiB are powers of 1024)
-    #[arg(long, value_name = "SIZE", default_value = "1G", value_parser = memory_size)]
+    #[arg(long, value_name = "SIZE", default_value = "1G", allow_negative_numbers = true, value_parser = memory_size)]
     pub(crate) memory: u64,
 
     /// Pages the memory consists of: 4 KiB, transparent huge pages, or hugetlb pages of 2 MiB

@@ -104,7 +104,7 @@ pub(crate) struct BenchArgs {
 
     /// Memory of a guest, a multiple of 2 MiB (K, M, G and KiB, MiB, GiB are powers of 1024). `turnaround` needs about six
     /// times as much, eight times with 4 KiB pages
-    #[arg(long, value_name = "SIZE", default_value = "1G", value_parser = memory_size)]
+    #[arg(long, value_name = "SIZE", default_value = "1G", allow_negative_numbers = true, value_parser = memory_size)]
     pub(crate) memory: u64,
 
     /// Pages the memory consists of; several are separated by commas [default: all; `loops` and `neighbour`: thp]

@@ -20,18 +20,18 @@ pub(crate) fn took() -> Duration {
     calibration().took()
 }
 
-/// The zeroing loop for ranges of `bytes` bytes.
-pub(crate) fn zero_loop(op: Op, bytes: u64) -> ZeroLoop {
+/// The zeroing loop where `threads` threads share `bytes` bytes.
+pub(crate) fn zero_loop(op: Op, bytes: u64, threads: usize) -> ZeroLoop {
     match op {
-        Op::Fused => calibration().fastest_zero_and_verify(bytes).0,
-        Op::Zero | Op::Verify | Op::Separate => calibration().fastest_zero(bytes),
+        Op::Fused => calibration().fastest_zero_and_verify(bytes, threads).0,
+        Op::Zero | Op::Verify | Op::Separate => calibration().fastest_zero(bytes, threads),
     }
 }
 
-/// The verification loop for ranges of `bytes` bytes.
-pub(crate) fn verify_loop(op: Op, bytes: u64) -> VerifyLoop {
+/// The verification loop where `threads` threads share `bytes` bytes.
+pub(crate) fn verify_loop(op: Op, bytes: u64, threads: usize) -> VerifyLoop {
     match op {
-        Op::Fused => calibration().fastest_zero_and_verify(bytes).1,
-        Op::Zero | Op::Verify | Op::Separate => calibration().fastest_verify(bytes),
+        Op::Fused => calibration().fastest_zero_and_verify(bytes, threads).1,
+        Op::Zero | Op::Verify | Op::Separate => calibration().fastest_verify(bytes, threads),
     }
 }

@@ -3,6 +3,7 @@
 use anyhow::Context;
 use rayon::prelude::*;
 use std::fmt;
+use std::sync::{Mutex, PoisonError};
 
 /// A fixed number of threads.
 pub(crate) struct Team {
@@ -38,8 +39,23 @@ impl Team {
         let part = memory
             .len()
             .div_ceil(self.threads)
-            .next_multiple_of(unit.max(1));
-        self.chunks(memory, part, work)
+            .next_multiple_of(unit.max(1))
+            .max(1);
+        let Some(pool) = &self.pool else {
+            return memory.chunks_mut(part).try_for_each(work);
+        };
+        // Every thread is called for its own part, always the same one. Were parts handed from thread to thread, now and then one thread
+        // would do the work of two before the other has woken up, and no part would stay in a cache.
+        let parts: Vec<_> = memory
+            .chunks_mut(part)
+            .map(|part| Mutex::new(Some(part)))
+            .collect();
+        let results = pool.broadcast(|thread| {
+            let mine = parts.get(thread.index())?;
+            let mine = mine.lock().unwrap_or_else(PoisonError::into_inner).take();
+            mine.map(&work)
+        });
+        results.into_iter().flatten().collect()
     }
 
     /// Cuts `memory` into pieces of `chunk` bytes and has the threads work on them.

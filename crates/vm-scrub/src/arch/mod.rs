@@ -10,7 +10,7 @@
 //! |---|---|---|
 //! | `portable` | nothing: the C library's `memset` | no |
 //! | `rep-stosb` | x86-64; fast where the processor says so (ERMS or FSRM) | no |
-//! | `prefetchw` | x86-64 since about 2014 | no |
+//! | `prefetchw` | x86-64 with AVX2, since about 2014 | no |
 //! | `avx2-stream` | x86-64 with AVX2 | yes |
 //! | `avx512-stream` | x86-64 with AVX-512F | yes |
 //! | `clzero` | x86-64 by AMD or Hygon, with 64-byte lines | yes |

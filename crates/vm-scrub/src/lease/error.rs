@@ -155,7 +155,7 @@ pub enum Refusal {
     },
     /// Somebody still owns a handle to the memory.
     #[error(
-        "{holders} owners still hold its guest memory: drop every clone of `GuestMemoryMmap`, and the regions and mappings \
+        "its guest memory still has {holders} other owner(s): drop every clone of `GuestMemoryMmap`, and the regions and mappings \
          taken out of it"
     )]
     Held {

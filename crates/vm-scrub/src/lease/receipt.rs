@@ -108,7 +108,9 @@ pub struct ScrubReceipt {
     pub blocks: Vec<Extent>,
     /// The pages the memory consists of.
     pub page_size: PageSize,
-    /// How the memory was taken away from the guest, and so what that proves: the weakest way that was taken for any of it.
+    /// How the memory was taken away from the guest, and so what that proves: the weakest way that was taken for any of it. It says
+    /// nothing about what is [quarantined](Self::quarantined), least of all where that is because of
+    /// [`QuarantineReason::NotRevoked`].
     pub revocation: Revocation,
     /// How much was to be read back.
     pub verify: Verify,

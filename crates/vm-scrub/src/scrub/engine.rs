@@ -6,6 +6,7 @@ use super::calibrate::{
 };
 use super::job::{Job, Watch};
 use super::pass::{HostPtr, Pass, Work};
+use super::plan::PIECE;
 use super::policy::{Policy, Verify};
 use super::workers::Workers;
 use crate::arch::{UnknownLoop, VerifyLoop, ZeroLoop};
@@ -147,30 +148,37 @@ impl Engine {
             _ => self.measured.unwrap_or_else(|| calibration_for(bytes)),
         };
         let operation = operation(verify, work);
+        let threads = self.threads_for(bytes);
         let zero_loop = self.zero_loop.unwrap_or_else(|| match operation {
-            Operation::ZeroAndVerify => measured.fastest_zero_and_verify(bytes).0,
-            Operation::Zero | Operation::Verify => measured.fastest_zero(bytes),
+            Operation::ZeroAndVerify => measured.fastest_zero_and_verify(bytes, threads).0,
+            Operation::Zero | Operation::Verify => measured.fastest_zero(bytes, threads),
         });
         // What was zeroed just now is read from where it was left, and what was flushed from memory.
-        let read_from = match (operation, verify) {
-            (Operation::ZeroAndVerify, _) => read_back_from(zero_loop),
-            (_, Verify::Memory) => u64::MAX,
-            _ => bytes,
+        let (read_from, readers) = match (operation, verify) {
+            (Operation::ZeroAndVerify, _) => (read_back_from(zero_loop), 1),
+            (_, Verify::Memory) => (u64::MAX, threads),
+            _ => (bytes, threads),
         };
         Choice {
             zero_loop,
             verify_loop: self
                 .verify_loop
-                .unwrap_or_else(|| measured.fastest_verify(read_from)),
+                .unwrap_or_else(|| measured.fastest_verify(read_from, readers)),
             zero_rates: match self.zero_loop {
-                None if work.zeroes() => measured.rates_for(operation, bytes),
+                None if work.zeroes() => measured.rates_for(operation, bytes, threads),
                 _ => zero_rates,
             },
             verify_rates: match self.verify_loop {
-                None if reads => measured.rates_for(Operation::Verify, read_from),
+                None if reads => measured.rates_for(Operation::Verify, read_from, readers),
                 _ => verify_rates,
             },
         }
+    }
+
+    /// How many threads share the work on `bytes` bytes: no more than there are pieces.
+    fn threads_for(&self, bytes: u64) -> usize {
+        let pieces = usize::try_from(bytes.div_ceil(PIECE as u64)).unwrap_or(usize::MAX);
+        self.workers.threads().min(pieces).max(1)
     }
 
     /// A job over `ranges`, which are relative to `base`.

@@ -209,6 +209,17 @@ pub(crate) unsafe fn is_one_mapping(address: *mut u8, len: usize) -> Result<bool
 /// # Safety
 /// Both ranges must belong to the caller, must not overlap, and nobody may hold a Rust reference into either.
 pub(crate) unsafe fn move_pages(from: *mut u8, to: *mut u8, len: usize) -> Result<()> {
+    // SAFETY: passed on to the caller.
+    let moved = unsafe { try_move(from, to, len) };
+    if moved.is_err() {
+        reserve_if_unmapped(to, len);
+    }
+    moved
+}
+
+/// # Safety
+/// As for [`move_pages`].
+unsafe fn try_move(from: *mut u8, to: *mut u8, len: usize) -> Result<()> {
     fault::check(Call::Mremap)?;
     // SAFETY: the caller owns both ranges; MREMAP_FIXED replaces only `[to, to + len)`.
     mapped(unsafe {
@@ -225,6 +236,33 @@ pub(crate) unsafe fn move_pages(from: *mut u8, to: *mut u8, len: usize) -> Resul
         call: Call::Mremap,
         ..error
     })
+}
+
+/// Closes the hole that `mremap` leaves at its destination where it finds too late that it may not move (a limit, an account of memory
+/// that may not be overcommitted): what another thread mapped there would be taken for the pool's. What is still mapped stays as it is.
+fn reserve_if_unmapped(address: *mut u8, len: usize) {
+    let reserved = fault::check(Call::Mmap).and_then(|()| {
+        // SAFETY: MAP_FIXED_NOREPLACE (Linux 4.17) changes nothing that is mapped.
+        mapped(unsafe {
+            libc::mmap(
+                address.cast(),
+                len,
+                libc::PROT_NONE,
+                libc::MAP_PRIVATE
+                    | libc::MAP_ANONYMOUS
+                    | libc::MAP_NORESERVE
+                    | libc::MAP_FIXED_NOREPLACE,
+                -1,
+                0,
+            )
+        })
+    });
+    match reserved {
+        Err(error) if error.errno() != Some(libc::EEXIST) => {
+            log::error!("{len} bytes of address space of the pool's own may be unmapped: {error}");
+        }
+        _ => {}
+    }
 }
 
 /// Makes `[address, address + len)` readable and writable, for every thread: also where memory had a protection key (`pkeys(7)`), by
@@ -346,4 +384,43 @@ pub(crate) fn host_page_size() -> usize {
     // SAFETY: sysconf reads a constant.
     let size = unsafe { libc::sysconf(libc::_SC_PAGESIZE) };
     usize::try_from(size).unwrap_or(0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::sys::in_a_child;
+
+    const LEN: usize = 64 << 10;
+
+    fn is_mapped(address: *mut u8) -> bool {
+        // SAFETY: nothing is changed, whatever is there.
+        unsafe { libc::msync(address.cast(), LEN, libc::MS_ASYNC) == 0 }
+    }
+
+    #[test]
+    fn a_move_that_fails_leaves_no_hole() {
+        let start = reserve(2 * LEN).unwrap();
+        let to = start.wrapping_add(LEN);
+        // SAFETY: reserved above, and this test's own.
+        unsafe {
+            map_anonymous(start, LEN).unwrap();
+            start.write(7);
+        }
+        assert!(in_a_child(|| {
+            let none = libc::rlimit {
+                rlim_cur: 0,
+                rlim_max: 0,
+            };
+            // SAFETY: of the child's limit, and of ranges that nobody else refers to.
+            unsafe {
+                let limited = libc::setrlimit(libc::RLIMIT_DATA, &raw const none) == 0;
+                let refused = move_pages(start, to, LEN).is_err();
+                limited && refused && is_mapped(to) && start.read() == 7
+            }
+        }));
+        // SAFETY: this test's own, and nobody refers to it any more.
+        unsafe { unmap(start, 2 * LEN) }.unwrap();
+        assert!(!is_mapped(start));
+    }
 }

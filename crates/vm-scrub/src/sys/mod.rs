@@ -78,3 +78,19 @@ impl std::error::Error for Error {
         Some(&self.source)
     }
 }
+
+/// Does `work` in a forked child and says whether it came to the end of it.
+#[cfg(test)]
+pub(crate) fn in_a_child(work: impl FnOnce() -> bool) -> bool {
+    // SAFETY: the child calls nothing that waits for other threads of this process, and ends itself.
+    unsafe {
+        let child = libc::fork();
+        assert!(child >= 0, "{}", io::Error::last_os_error());
+        if child == 0 {
+            libc::_exit(i32::from(!work()));
+        }
+        let mut status = 0;
+        assert_eq!(libc::waitpid(child, &raw mut status, 0), child);
+        libc::WIFEXITED(status) && libc::WEXITSTATUS(status) == 0
+    }
+}

@@ -263,25 +263,10 @@ fn owned(call: Call, fd: libc::c_int) -> Result<OwnedFd> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::sys::map;
+    use crate::sys::{in_a_child, map};
 
     /// Of the memory that is moved, or not.
     const LEN: usize = 64 << 10;
-
-    /// Does `work` in a forked child and says whether it came to the end of it.
-    fn in_a_child(work: impl FnOnce() -> bool) -> bool {
-        // SAFETY: the child calls nothing that waits for other threads of this process, and ends itself.
-        unsafe {
-            let child = libc::fork();
-            assert!(child >= 0, "{}", io::Error::last_os_error());
-            if child == 0 {
-                libc::_exit(i32::from(!work()));
-            }
-            let mut status = 0;
-            assert_eq!(libc::waitpid(child, &raw mut status, 0), child);
-            libc::WIFEXITED(status) && libc::WEXITSTATUS(status) == 0
-        }
-    }
 
     #[test]
     fn a_forked_child_changes_nothing_of_its_parents() {

@@ -30,7 +30,7 @@ fn loops_are_available_where_the_kernel_says_so() {
         (
             "prefetchw",
             prefetchw::Zero::is_available(),
-            has("3dnowprefetch"),
+            has("3dnowprefetch") && has("avx2"),
         ),
         ("rep-stosb", rep_stosb::Zero::is_available(), true),
         (

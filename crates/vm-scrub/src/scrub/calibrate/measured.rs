@@ -5,8 +5,8 @@ use crate::arch::{VerifyLoop, ZeroLoop, flush_from_cache};
 use crate::scrub::plan::PIECE;
 use std::time::{Duration, Instant};
 
-/// The shortest measurement: several hundred times what reading the clock takes.
-const SHORTEST: Duration = Duration::from_micros(20);
+/// The shortest measurement: a thousand times what reading the clock takes, and several passes over the second-level cache.
+const SHORTEST: Duration = Duration::from_micros(40);
 
 /// The smallest size in bytes: a page, which a thread's stack has room for.
 pub(super) const SMALLEST: usize = 4 << 10;
@@ -20,7 +20,7 @@ pub(super) const IN_CACHE: [usize; 5] = [SMALLEST, 32 << 10, 256 << 10, 1 << 20,
 pub(super) const BEYOND_CACHES: usize = 64 << 20;
 
 /// That part, in bytes: long enough for the clock.
-const FLUSHED: usize = 2 << 20;
+const FLUSHED: usize = 1 << 20;
 
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Measured {
@@ -33,7 +33,7 @@ pub(super) struct Measured {
 }
 
 /// An operation, and what carries it out.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, PartialEq)]
 pub(super) enum Loops {
     Zero(ZeroLoop),
     Verify(VerifyLoop),

@@ -20,6 +20,9 @@ use std::time::{Duration, Instant};
 /// rest is for a thread that has to wait for its processor, and for giving the memory back.
 const BUDGET: Duration = Duration::from_millis(40);
 
+/// What one processor's own caches hold at most, in bytes, on the processors of the last ten years: 1 or 2 MiB.
+const LARGEST_PRIVATE: u64 = 1 << 20;
+
 /// How often each loop is measured at each size, if time allows; the fastest counts.
 const ROUNDS: usize = 5;
 
@@ -142,26 +145,26 @@ fn quick_calibration() -> &'static Calibration {
 }
 
 impl Calibration {
-    /// The loop that zeroed `bytes` bytes fastest, or as many as come nearest to it among those that were tried.
-    pub fn fastest_zero(&self, bytes: u64) -> ZeroLoop {
-        self.fastest(Operation::Zero, bytes)
+    /// The loop that is fastest where `threads` threads, at least 1, zero `bytes` bytes: by what was measured with as many bytes as one of
+    /// them has to do, or with as many as come nearest to it.
+    pub fn fastest_zero(&self, bytes: u64, threads: usize) -> ZeroLoop {
+        self.fastest(Operation::Zero, bytes, threads)
             .and_then(Loops::zero_loop)
             .unwrap_or_else(ZeroLoop::best_guess)
     }
 
-    /// The loop that read `bytes` bytes fastest, or as many as come nearest to it among those that were tried.
-    pub fn fastest_verify(&self, bytes: u64) -> VerifyLoop {
-        match self.fastest(Operation::Verify, bytes) {
+    /// The same for reading `bytes` bytes.
+    pub fn fastest_verify(&self, bytes: u64, threads: usize) -> VerifyLoop {
+        match self.fastest(Operation::Verify, bytes, threads) {
             Some(Loops::Verify(verify_loop)) => verify_loop,
             _ => VerifyLoop::portable(),
         }
     }
 
-    /// The loops that zeroed `bytes` bytes and read them back fastest, or as many as come nearest to it among those that were
-    /// tried.
-    pub fn fastest_zero_and_verify(&self, bytes: u64) -> (ZeroLoop, VerifyLoop) {
+    /// The same for zeroing `bytes` bytes and reading them back.
+    pub fn fastest_zero_and_verify(&self, bytes: u64, threads: usize) -> (ZeroLoop, VerifyLoop) {
         let zero_loop = self
-            .fastest(Operation::ZeroAndVerify, bytes)
+            .fastest(Operation::ZeroAndVerify, bytes, threads)
             .and_then(Loops::zero_loop)
             .unwrap_or_else(ZeroLoop::best_guess);
         (zero_loop, self.partner(zero_loop))
@@ -169,7 +172,7 @@ impl Calibration {
 
     /// What reads back fastest what `zero_loop` has just written.
     fn partner(&self, zero_loop: ZeroLoop) -> VerifyLoop {
-        self.fastest_verify(read_back_from(zero_loop))
+        self.fastest_verify(read_back_from(zero_loop), 1)
     }
 
     /// Every rate that was measured.
@@ -180,9 +183,11 @@ impl Calibration {
             .map(Measured::rate)
     }
 
-    /// The rates between which the choice for `bytes` bytes was made.
-    pub fn rates_for(&self, operation: Operation, bytes: u64) -> Vec<Rate> {
-        self.at(operation, bytes).map(Measured::rate).collect()
+    /// The rates between which the choice for `threads` threads and `bytes` bytes was made.
+    pub fn rates_for(&self, operation: Operation, bytes: u64, threads: usize) -> Vec<Rate> {
+        self.at(operation, share(bytes, threads))
+            .map(Measured::rate)
+            .collect()
     }
 
     /// How long measuring took.
@@ -190,9 +195,25 @@ impl Calibration {
         self.took
     }
 
-    fn fastest(&self, operation: Operation, bytes: u64) -> Option<Loops> {
-        self.at(operation, bytes)
-            .min_by(|a, b| a.cost.total_cmp(&b.cost))
+    /// The fastest. Between several that are as good as equal decides how fast they are beyond the caches as well: what is measured finds
+    /// its lines where it left them, and what a guest leaves lies anywhere. Where several threads share the work it lies in the cache
+    /// of another one, if in any, and they may differ by more.
+    fn fastest(&self, operation: Operation, bytes: u64, threads: usize) -> Option<Loops> {
+        let equal = if threads > 1 { 1.2 } else { 1.05 };
+        let on_the_whole = |one: &Measured| {
+            let beyond = self
+                .of(operation)
+                .find(|other| other.bytes == BEYOND_CACHES && other.loops == one.loops);
+            one.cost * beyond.map_or(1.0, |beyond| beyond.cost)
+        };
+        let size = share(bytes, threads);
+        let lowest = self
+            .at(operation, size)
+            .map(|one| one.cost)
+            .fold(f64::INFINITY, f64::min);
+        self.at(operation, size)
+            .filter(|one| one.cost <= equal * lowest)
+            .min_by(|a, b| on_the_whole(a).total_cmp(&on_the_whole(b)))
             .map(|one| one.loops)
     }
 
@@ -236,6 +257,14 @@ impl Calibration {
                 is_its_turn && begun.elapsed() + one.expected() < budget
             });
         }
+        // What nobody needs to know keeps nobody from choosing at its size.
+        let worth_knowing = |one: &&Measured| one.turns > 0 || !calibration.is_hopeless(one);
+        calibration.measured = calibration
+            .measured
+            .iter()
+            .filter(worth_knowing)
+            .copied()
+            .collect();
         calibration.took = begun.elapsed();
         OPERATIONS
             .into_iter()
@@ -276,17 +305,39 @@ impl Calibration {
         }
     }
 
-    /// Whether measuring it again can make it the fastest. What was far behind makes way for those that are close to each other, and
-    /// leaves the caches to them; but not after a single short turn, which something may have disturbed.
+    /// Whether measuring it, or measuring it again, can make it the fastest. What was far behind makes way for those that are close to
+    /// each other, and leaves the caches to them; but not after a single short turn, which something may have disturbed.
     fn may_win(&self, one: &Measured) -> bool {
-        const SHORT: Duration = Duration::from_micros(100);
+        const SHORT: Duration = Duration::from_micros(500);
+        let turns = if one.expected() < SHORT { 2 } else { 1 };
+        if one.turns == 0 {
+            !self.is_hopeless(one)
+        } else {
+            one.turns < turns || !self.is_far_behind(one)
+        }
+    }
+
+    /// Whether the same loop is far behind at every size at which it was measured, the smallest and the largest among them: streaming
+    /// stores are, where they gain nothing even beyond the caches. At sizes in between they would take most of the time.
+    fn is_hopeless(&self, one: &Measured) -> bool {
+        let elsewhere = || {
+            self.of(one.loops.operation())
+                .filter(|other| other.loops == one.loops && other.turns > 0)
+        };
+        [SMALLEST, BEYOND_CACHES]
+            .into_iter()
+            .all(|end| elsewhere().any(|other| other.bytes == end))
+            && elsewhere().all(|other| self.is_far_behind(other))
+    }
+
+    /// Whether another loop is 1.5 times as fast at the same size.
+    fn is_far_behind(&self, one: &Measured) -> bool {
         const FAR_BEHIND: f64 = 1.5;
         let rivals = self
             .of(one.loops.operation())
             .filter(|rival| rival.bytes == one.bytes);
         let fastest = rivals.map(|rival| rival.cost).fold(f64::INFINITY, f64::min);
-        let turns = if one.expected() < SHORT { 2 } else { 1 };
-        one.turns < turns || one.cost <= FAR_BEHIND * fastest
+        one.cost > FAR_BEHIND * fastest
     }
 
     /// Says what was measured: a line for each operation and size.
@@ -294,8 +345,8 @@ impl Calibration {
         log::info!(
             "{what} in {:?}; for large ranges: zeroing by {}, with reading back by {}",
             self.took,
-            self.fastest_zero(u64::MAX),
-            self.fastest_zero_and_verify(u64::MAX).0,
+            self.fastest_zero(u64::MAX, 1),
+            self.fastest_zero_and_verify(u64::MAX, 1).0,
         );
         for operation in OPERATIONS {
             for size in IN_CACHE.into_iter().chain([BEYOND_CACHES]) {
@@ -320,6 +371,17 @@ impl Calibration {
             Loops::Verify(verify_loop) => verify_loop,
             Loops::Zero(zero_loop) | Loops::ZeroAndVerify(zero_loop) => self.partner(zero_loop),
         }
+    }
+}
+
+/// The size that decides where `threads` threads share `bytes` bytes. Each has a first and a second level of caches to itself, so it is
+/// its share that they may hold; beyond those all threads share what there is.
+fn share(bytes: u64, threads: usize) -> u64 {
+    let share = bytes / threads.max(1) as u64;
+    if share <= LARGEST_PRIVATE {
+        share
+    } else {
+        bytes
     }
 }
 

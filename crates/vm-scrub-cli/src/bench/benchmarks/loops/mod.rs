@@ -91,7 +91,7 @@ fn build(settings: &Settings, case: Case) -> anyhow::Result<Built> {
     let contender = |op, zero: Option<ZeroLoop>, verify: Option<VerifyLoop>| {
         contender(case, op, zero, verify, &team, &shared)
     };
-    let verify = |op| calibrated::verify_loop(op, case.bytes);
+    let verify = |op| calibrated::verify_loop(op, case.bytes, case.threads);
     let contenders = match case.op {
         Op::Zero => ZeroLoop::available()
             .map(|each| contender(Op::Zero, Some(each), None))
@@ -129,8 +129,8 @@ fn contender(
         .or(verify.map(VerifyLoop::name))
         .unwrap_or_default();
     let calibrated = match zero {
-        Some(zero) => zero == calibrated::zero_loop(op, case.bytes),
-        None => verify == Some(calibrated::verify_loop(op, case.bytes)),
+        Some(zero) => zero == calibrated::zero_loop(op, case.bytes, case.threads),
+        None => verify == Some(calibrated::verify_loop(op, case.bytes, case.threads)),
     };
     let name = match op {
         Op::Zero | Op::Verify => by_loop.to_owned(),

@@ -135,7 +135,7 @@ fn build(settings: &Settings, page_size: PageSize, bytes: u64) -> anyhow::Result
     };
     let mut contenders = vec![contender(labels(ALONE.into()), None)];
     for zero_loop in ZeroLoop::available() {
-        let chosen = calibrated::zero_loop(Op::Zero, PIECE as u64);
+        let chosen = calibrated::zero_loop(Op::Zero, PIECE as u64, 1);
         let labels = Labels {
             by_loop: Some(zero_loop.name().into()),
             calibrated: Some(zero_loop == chosen),
