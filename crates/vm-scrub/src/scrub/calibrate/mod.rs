@@ -257,14 +257,7 @@ impl Calibration {
                 is_its_turn && begun.elapsed() + one.expected() < budget
             });
         }
-        // What nobody needs to know keeps nobody from choosing at its size.
-        let worth_knowing = |one: &&Measured| one.turns > 0 || !calibration.is_hopeless(one);
-        calibration.measured = calibration
-            .measured
-            .iter()
-            .filter(worth_knowing)
-            .copied()
-            .collect();
+        calibration.forget_hopeless();
         calibration.took = begun.elapsed();
         OPERATIONS
             .into_iter()
@@ -328,6 +321,17 @@ impl Calibration {
             .into_iter()
             .all(|end| elsewhere().any(|other| other.bytes == end))
             && elsewhere().all(|other| self.is_far_behind(other))
+    }
+
+    /// What nobody needs to know keeps nobody from choosing at its size.
+    fn forget_hopeless(&mut self) {
+        let worth_knowing = |one: &&Measured| one.turns > 0 || !self.is_hopeless(one);
+        self.measured = self
+            .measured
+            .iter()
+            .filter(worth_knowing)
+            .copied()
+            .collect();
     }
 
     /// Whether another loop is 1.5 times as fast at the same size.

@@ -141,7 +141,10 @@ fn what_is_far_behind_at_both_ends_is_not_tried_between_them() {
     };
     let between = IN_CACHE[2];
     let may_win = |smallest: f64, largest: f64, larger: f64| {
-        let calibration = of(vec![
+        let untried = measured(Loops::Verify(b), between, f64::INFINITY);
+        let mut calibration = of(vec![
+            untried,
+            measured(Loops::Verify(a), between, 1.0),
             measured(Loops::Verify(a), SMALLEST, 1.0),
             measured(Loops::Verify(b), SMALLEST, smallest),
             measured(Loops::Verify(a), BEYOND_CACHES, 1.0),
@@ -151,8 +154,14 @@ fn what_is_far_behind_at_both_ends_is_not_tried_between_them() {
             // Something else is no excuse for it.
             measured(Loops::Zero(ZeroLoop::best_guess()), SMALLEST, 1e-9),
         ]);
-        let untried = measured(Loops::Verify(b), between, f64::INFINITY);
-        calibration.may_win(&untried)
+        let may_win = calibration.may_win(&untried);
+        calibration.forget_hopeless();
+        // What may win and had no turn keeps the others from being chosen.
+        assert_eq!(
+            calibration.is_complete(Operation::Verify, between),
+            !may_win
+        );
+        may_win
     };
     assert!(!may_win(2.0, 2.0, 2.0));
     assert!(!may_win(2.0, 2.0, f64::INFINITY));
