@@ -375,7 +375,7 @@ fn a_guest_can_have_memory_of_two_pools() {
     // Each lease sees the handle that holds both.
     let statement = quiesce(&low);
     let refused = low.retire(statement).unwrap_err();
-    assert!(refused.to_string().contains("still hold"), "{refused}");
+    assert!(refused.to_string().contains("still has"), "{refused}");
     let low = refused.into_lease().unwrap();
     drop(memory);
     let tickets = [low, high].map(|lease| {

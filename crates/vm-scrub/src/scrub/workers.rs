@@ -14,6 +14,9 @@ pub(crate) struct Workers {
     /// Where the threads are: a forked child has none of them, and would wait for them for ever.
     #[cfg(feature = "rayon")]
     address_space: Option<u64>,
+    /// Whether they run where they are told, which may be on another node than the caller.
+    #[cfg(feature = "rayon")]
+    pinned: bool,
 }
 
 /// Why the threads could not be started.
@@ -27,6 +30,8 @@ impl Workers {
             pool: None,
             #[cfg(feature = "rayon")]
             address_space: None,
+            #[cfg(feature = "rayon")]
+            pinned: false,
         }
     }
 
@@ -47,6 +52,7 @@ impl Workers {
             return Ok(Self {
                 pool: Some(pool),
                 address_space: fork::address_space(),
+                pinned: cpus.is_some(),
             });
         }
         let _ = (threads, cpus);
@@ -85,11 +91,25 @@ impl Workers {
         (0..count).map(one).collect()
     }
 
-    /// Every thread calls `work` once; returns when all have.
+    /// As many threads as there are call `work` once; returns when all have.
+    ///
+    /// The calling thread is one of them, in place of the first, unless they are pinned: it is awake, and on a processor. Were it to wait
+    /// for all of them instead, the one that wakes up on its processor would now and then do the work of two.
     pub(crate) fn all(&self, work: impl Fn() + Sync) {
         #[cfg(feature = "rayon")]
         if let Some(pool) = self.threads_here() {
-            pool.broadcast(|_| work());
+            if self.pinned {
+                pool.broadcast(|_| work());
+                return;
+            }
+            pool.in_place_scope(|scope| {
+                scope.spawn_broadcast(|_, thread| {
+                    if thread.index() != 0 {
+                        work();
+                    }
+                });
+                work();
+            });
             return;
         }
         work();
@@ -137,6 +157,33 @@ mod tests {
             cpus_of(&Workers::start(2, None).unwrap()),
             [mine.clone(), mine]
         );
+    }
+
+    fn who_works(workers: &Workers) -> Vec<std::thread::ThreadId> {
+        let seen = Mutex::default();
+        workers.all(|| {
+            let mut seen: std::sync::MutexGuard<'_, Vec<_>> = seen.lock().unwrap();
+            seen.push(std::thread::current().id());
+        });
+        seen.into_inner().unwrap()
+    }
+
+    #[test]
+    fn the_caller_is_one_of_the_threads_unless_they_are_pinned() {
+        let me = std::thread::current().id();
+        let is_me = |worker: &&std::thread::ThreadId| **worker == me;
+        for threads in [2, 5] {
+            let at_work = who_works(&Workers::start(threads, None).unwrap());
+            assert_eq!(at_work.len(), threads);
+            assert_eq!(at_work.iter().filter(is_me).count(), 1);
+        }
+        let mine = cpus_of_this_thread();
+        for threads in [1, 3] {
+            let at_work = who_works(&Workers::start(threads, Some(&mine)).unwrap());
+            assert_eq!(at_work.len(), threads);
+            assert_eq!(at_work.iter().filter(is_me).count(), 0);
+        }
+        assert_eq!(who_works(&Workers::caller()), [me]);
     }
 
     #[cfg(feature = "vm-memory")]
