@@ -44,18 +44,33 @@ impl Team {
         let Some(pool) = &self.pool else {
             return memory.chunks_mut(part).try_for_each(work);
         };
-        // Every thread is called for its own part, always the same one. Were parts handed from thread to thread, now and then one thread
-        // would do the work of two before the other has woken up, and no part would stay in a cache.
+        // Every thread has its own part, always the same one, and the caller the first, as in vm-scrub's engine. Were parts handed from
+        // thread to thread, or the caller to wait for all of them, now and then one would do the work of two before the other has
+        // woken up, and no part would stay in a cache.
         let parts: Vec<_> = memory
             .chunks_mut(part)
             .map(|part| Mutex::new(Some(part)))
             .collect();
-        let results = pool.broadcast(|thread| {
-            let mine = parts.get(thread.index())?;
-            let mine = mine.lock().unwrap_or_else(PoisonError::into_inner).take();
-            mine.map(&work)
+        let failed = Mutex::new(None);
+        let work_on = |number: usize| {
+            let Some(part) = parts.get(number) else {
+                return;
+            };
+            let part = part.lock().unwrap_or_else(PoisonError::into_inner).take();
+            if let Some(Err(error)) = part.map(&work) {
+                *failed.lock().unwrap_or_else(PoisonError::into_inner) = Some(error);
+            }
+        };
+        pool.in_place_scope(|scope| {
+            scope.spawn_broadcast(|_, thread| {
+                if thread.index() != 0 {
+                    work_on(thread.index());
+                }
+            });
+            work_on(0);
         });
-        results.into_iter().flatten().collect()
+        let failed = failed.into_inner().unwrap_or_else(PoisonError::into_inner);
+        failed.map_or(Ok(()), Err)
     }
 
     /// Cuts `memory` into pieces of `chunk` bytes and has the threads work on them.
