@@ -101,8 +101,8 @@ impl PoolBuilder {
         self
     }
 
-    /// How many threads scrub: 1 to 4096. By default one per processor, of the NUMA node if there is one. With 1 and without
-    /// a node, or without the `rayon` feature, the thread that tears a lease down does the work.
+    /// How many threads scrub: 1 to 4096. By default one per processor, of the NUMA node if there is one. The thread that tears a lease
+    /// down is one of them, unless there is a node; with 1, or without the `rayon` feature, it is the only one.
     pub fn threads(mut self, threads: usize) -> Self {
         self.threads = Some(threads);
         self

@@ -21,6 +21,7 @@ use core::arch::x86_64::{__m256i, _mm256_setzero_si256, _mm256_store_si256};
 use std::sync::OnceLock;
 
 use super::cpuid;
+use crate::arch::barrier::forget_contents;
 use crate::arch::generic::{LINE, lines};
 
 /// How far ahead of the stores lines are asked for, in bytes. Measured on Cascade Lake: 1 to 4 KiB are
@@ -98,6 +99,7 @@ unsafe fn store(first: *mut u8, count: usize) {
             _mm256_store_si256(at.wrapping_add(1), zero);
         }
     }
+    forget_contents(first);
 }
 
 fn has_prefetchw() -> bool {
