@@ -230,3 +230,26 @@ impl Engine {
         job.work_with(&self.workers, watch)
     }
 }
+
+#[cfg(all(test, feature = "rayon"))]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn there_is_no_thread_without_a_piece() {
+        let workers = Workers::start(3, None).unwrap();
+        let engine = Engine::new(workers, &Policy::new(), 4096).unwrap();
+        let piece = PIECE as u64;
+        for (bytes, threads) in [
+            (0, 1),
+            (1, 1),
+            (piece, 1),
+            (piece + 1, 2),
+            (3 * piece, 3),
+            (4 * piece, 3),
+            (u64::MAX, 3),
+        ] {
+            assert_eq!(engine.threads_for(bytes), threads, "{bytes}");
+        }
+    }
+}

@@ -238,6 +238,26 @@ fn this_host_is_measured_once() {
 }
 
 #[test]
+fn so_much_faster_is_far_behind() {
+    let (Some(a), Some(b)) = (
+        VerifyLoop::available().next(),
+        VerifyLoop::available().nth(1),
+    ) else {
+        return eprintln!("SKIPPED: this processor has one verification loop only");
+    };
+    let calibration = of(vec![
+        measured(Loops::Verify(a), SMALLEST, 2.0),
+        // At another size, and another operation.
+        measured(Loops::Verify(a), BEYOND_CACHES, 1.0),
+        measured(Loops::Zero(ZeroLoop::best_guess()), SMALLEST, 1.0),
+    ]);
+    for (cost, is_far_behind) in [(1.0, false), (3.0, false), (3.5, true)] {
+        let one = measured(Loops::Verify(b), SMALLEST, cost);
+        assert_eq!(calibration.is_far_behind(&one), is_far_behind, "{cost}");
+    }
+}
+
+#[test]
 fn a_share_counts_as_long_as_its_threads_own_caches_can_hold_it() {
     assert_eq!(share(1 << 20, 2), 512 << 10);
     assert_eq!(share(2 << 20, 2), 1 << 20);
