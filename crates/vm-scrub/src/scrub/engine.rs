@@ -4,7 +4,7 @@ use super::batches::Batches;
 use super::calibrate::{
     Calibration, Operation, Rate, calibration, calibration_for, read_back_from,
 };
-use super::job::{Job, Watch};
+use super::job::{FEW, Job, Watch};
 use super::pass::{HostPtr, Pass, Work};
 use super::plan::PIECE;
 use super::policy::{Policy, Verify};
@@ -175,10 +175,14 @@ impl Engine {
         }
     }
 
-    /// How many threads share the work on `bytes` bytes: no more than there are pieces.
+    /// How many threads share the work on `bytes` bytes, if all are there for it: one if there is [little](FEW), and no more than there
+    /// are pieces.
     fn threads_for(&self, bytes: u64) -> usize {
+        if bytes <= FEW {
+            return 1;
+        }
         let pieces = usize::try_from(bytes.div_ceil(PIECE as u64)).unwrap_or(usize::MAX);
-        self.workers.threads().min(pieces).max(1)
+        self.workers.threads().min(pieces)
     }
 
     /// A job over `ranges`, which are relative to `base`.
@@ -237,17 +241,17 @@ mod tests {
 
     #[test]
     fn there_is_no_thread_without_a_piece() {
-        let workers = Workers::start(3, None).unwrap();
+        let workers = Workers::start(6, None).unwrap();
         let engine = Engine::new(workers, &Policy::new(), 4096).unwrap();
         let piece = PIECE as u64;
         for (bytes, threads) in [
             (0, 1),
-            (1, 1),
-            (piece, 1),
-            (piece + 1, 2),
-            (3 * piece, 3),
-            (4 * piece, 3),
-            (u64::MAX, 3),
+            (FEW, 1),
+            (FEW + 1, 5),
+            (5 * piece, 5),
+            (6 * piece, 6),
+            (7 * piece, 6),
+            (u64::MAX, 6),
         ] {
             assert_eq!(engine.threads_for(bytes), threads, "{bytes}");
         }

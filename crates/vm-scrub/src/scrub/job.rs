@@ -86,7 +86,7 @@ pub(crate) type Watch<'a> = dyn Fn(u64, u64) + Send + Sync + 'a;
 
 /// So many bytes one thread has done before others are awake. Measured on Zen 4: waking a second thread takes 50 to 100 µs, zeroing
 /// and reading back 1 MiB takes 20 to 50.
-const FEW: u64 = 1 << 20;
+pub(super) const FEW: u64 = 1 << 20;
 
 /// Batches, and how far they have got.
 pub(crate) struct Job {

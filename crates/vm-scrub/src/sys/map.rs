@@ -114,7 +114,7 @@ pub(crate) unsafe fn map_anonymous(address: *mut u8, len: usize) -> Result<()> {
     .map(drop)
 }
 
-/// Maps `len` bytes of `file` from `offset` as shared memory, readable and writable, at `address`.
+/// Maps `len` bytes of `file` from `offset` as shared memory, not accessible yet, at `address`.
 ///
 /// # Safety
 /// The range must be a reservation of the caller's, and nobody may hold a Rust reference into it.
@@ -128,7 +128,7 @@ pub(crate) unsafe fn map_shared_inaccessible(
     unsafe { map_file(address, len, libc::PROT_NONE, file, offset) }
 }
 
-/// The same, only readable.
+/// The same, but readable.
 ///
 /// # Safety
 /// As for [`map_shared_inaccessible`].

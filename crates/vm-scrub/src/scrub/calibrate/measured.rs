@@ -8,6 +8,9 @@ use std::time::{Duration, Instant};
 /// The shortest measurement: a thousand times what reading the clock takes, and several passes over the second-level cache.
 const SHORTEST: Duration = Duration::from_micros(40);
 
+/// The shortest at the smallest size: a hundred passes. Somebody who has no pool waits for it.
+const SHORTEST_OF_A_PAGE: Duration = Duration::from_micros(10);
+
 /// The smallest size in bytes: a page, which a thread's stack has room for.
 pub(super) const SMALLEST: usize = 4 << 10;
 
@@ -128,7 +131,15 @@ impl Measured {
             SLOW
         };
         // A line takes as long to flush as to be zeroed, or less; else there is one pass before those that count.
-        Duration::from_secs_f64(2.0 * self.span() as f64 * cost).max(SHORTEST)
+        Duration::from_secs_f64(2.0 * self.span() as f64 * cost).max(self.shortest())
+    }
+
+    fn shortest(&self) -> Duration {
+        if self.bytes == SMALLEST {
+            SHORTEST_OF_A_PAGE
+        } else {
+            SHORTEST
+        }
     }
 
     /// Seconds for a byte.
@@ -147,7 +158,7 @@ impl Measured {
             self.pass(memory, verify_loop);
             bytes += self.span();
             let elapsed = begun.elapsed();
-            if elapsed >= SHORTEST || self.bytes == BEYOND_CACHES {
+            if elapsed >= self.shortest() || self.bytes == BEYOND_CACHES {
                 return elapsed.as_secs_f64() / bytes as f64;
             }
         }

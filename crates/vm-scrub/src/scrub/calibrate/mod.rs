@@ -20,7 +20,7 @@ use std::time::{Duration, Instant};
 /// rest is for a thread that has to wait for its processor, and for giving the memory back.
 const BUDGET: Duration = Duration::from_millis(40);
 
-/// What one processor's own caches hold at most, in bytes, on the processors of the last ten years: 1 or 2 MiB.
+/// As much as one processor's own caches may hold, in bytes: the second level has 1 MiB on Cascade Lake and on Zen 4.
 const LARGEST_PRIVATE: u64 = 1 << 20;
 
 /// How often each loop is measured at each size, if time allows; the fastest counts.
@@ -146,7 +146,8 @@ fn quick_calibration() -> &'static Calibration {
 
 impl Calibration {
     /// The loop that is fastest where `threads` threads, at least 1, zero `bytes` bytes: by what was measured with as many bytes as one of
-    /// them has to do, or with as many as come nearest to it.
+    /// them has to do, if that may fit into its own caches (1 MiB), and else with as many as all of them have; or with as many as come
+    /// nearest to it.
     pub fn fastest_zero(&self, bytes: u64, threads: usize) -> ZeroLoop {
         self.fastest(Operation::Zero, bytes, threads)
             .and_then(Loops::zero_loop)
