@@ -1,4 +1,5 @@
-//! A logger of the embedder's that looks up the state of the pool for every line: nothing that it needs may be held meanwhile.
+//! A logger of the embedder's that looks up the state of the pool for every line: nothing that it needs may be held meanwhile, also
+//! while the calls of the thread that works fail.
 
 use log::{LevelFilter, Log, Metadata, Record};
 use std::cell::Cell;
@@ -83,7 +84,8 @@ fn live_with(call: Option<Call>) {
 
 #[test]
 fn nothing_is_held_while_the_log_is_written() {
-    log::set_boxed_logger(Box::new(Curious)).unwrap();
+    static CURIOUS: Curious = Curious;
+    log::set_logger(&CURIOUS).unwrap();
     log::set_max_level(LevelFilter::Trace);
     let (done, finished) = mpsc::channel();
     let (step, steps) = mpsc::channel();

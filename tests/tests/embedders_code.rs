@@ -7,7 +7,8 @@ use std::sync::{Arc, mpsc};
 use std::time::Duration;
 use vm_memory::bitmap::{BS, Bitmap, WithBitmapSlice};
 use vm_memory::{Bytes, MemoryRegionAddress};
-use vm_scrub::{BLOCK_SIZE, LeaseOptions, PageSize};
+use vm_scrub::lease::Ticket;
+use vm_scrub::{BLOCK_SIZE, LeaseOptions, PageSize, ScrubRate};
 use vm_scrub_tests::child::{alone, end_of};
 use vm_scrub_tests::peer::{self, Peer};
 use vm_scrub_tests::{fill, pools, quiesce, regions};
@@ -89,6 +90,97 @@ fn a_callback_that_panics_twice_does_not_end_the_background() {
     std::thread::spawn(move || done.send(next.wait_in_background().unwrap().is_proven()));
     let proven = finished.recv_timeout(Duration::from_secs(30));
     assert_eq!(proven, Ok(true), "nobody works in the background any more");
+}
+
+/// Where several threads panic, and what they threw panics again when it is dropped, nobody is at work any more when the caller unwinds.
+#[test]
+fn callbacks_that_all_panic_leave_nobody_at_work() {
+    let test = "callbacks_that_all_panic_leave_nobody_at_work";
+    let Some((status, output)) = end_of(test, || {
+        for caller_is_last in [true, false] {
+            let caller = std::thread::current().id();
+            let at_work = Arc::new(AtomicU64::new(0));
+            let count = Arc::clone(&at_work);
+            let pool = pools::builder(PageSize::Base4K, 8)
+                .threads(3)
+                .on_progress(move |_| {
+                    count.fetch_add(1, Ordering::SeqCst);
+                    let is_caller = std::thread::current().id() == caller;
+                    // The last worker goes on, slowly.
+                    let goes_on = std::thread::current().name() == Some("vm-scrub-2");
+                    let first = is_caller != caller_is_last;
+                    let pause = if first { 1 } else { 100 };
+                    std::thread::sleep(Duration::from_millis(pause));
+                    count.fetch_sub(1, Ordering::SeqCst);
+                    if !goes_on {
+                        panic_any(Explosive(true));
+                    }
+                })
+                .build()
+                .unwrap();
+            let lease = pool.lease(&regions(&[(0, 8 * BLOCK_SIZE)])).unwrap();
+            fill(&lease, 1);
+            let quiesced = quiesce(&lease);
+            let torn_down = catch_unwind(AssertUnwindSafe(|| lease.teardown(quiesced)));
+            std::mem::forget(torn_down.unwrap_err());
+            for _ in 0..20 {
+                assert_eq!(at_work.load(Ordering::SeqCst), 0);
+                std::thread::sleep(Duration::from_millis(10));
+            }
+            assert_eq!(pool.accounts().quarantined, 8 * BLOCK_SIZE);
+        }
+    }) else {
+        return;
+    };
+    assert!(status.success(), "{status}\n{output}");
+}
+
+/// Waits for a ticket when it is dropped.
+struct WaitsAtLast(Option<Ticket>);
+
+impl Drop for WaitsAtLast {
+    fn drop(&mut self) {
+        let ticket = self.0.take().unwrap();
+        let _ = catch_unwind(AssertUnwindSafe(|| ticket.wait()));
+    }
+}
+
+/// Who waits for a ticket works, too, and may be unwinding already when its callback panics.
+#[test]
+fn a_callback_that_panics_while_its_thread_unwinds_gives_the_lease_up() {
+    alone(
+        "a_callback_that_panics_while_its_thread_unwinds_gives_the_lease_up",
+        || {
+            let (done, finished) = mpsc::channel();
+            std::thread::spawn(move || {
+                let waiter = std::thread::current().id();
+                let pool = pools::builder(PageSize::Base4K, 8)
+                    .threads(2)
+                    .scrub_rate(ScrubRate {
+                        bytes_per_second: 1,
+                        burst: 1,
+                    })
+                    .on_progress(move |_| {
+                        assert_ne!(std::thread::current().id(), waiter, "on purpose");
+                        std::thread::sleep(Duration::from_millis(2));
+                    })
+                    .build()
+                    .unwrap();
+                let lease = pool.lease(&regions(&[(0, 8 * BLOCK_SIZE)])).unwrap();
+                fill(&lease, 1);
+                let quiesced = quiesce(&lease);
+                let ticket = lease.retire(quiesced).unwrap();
+                let unwound = catch_unwind(AssertUnwindSafe(|| {
+                    let _waits = WaitsAtLast(Some(ticket));
+                    panic!("the embedder's own");
+                }));
+                done.send((unwound.is_err(), pool.accounts())).unwrap();
+            });
+            let (unwound, accounts) = finished.recv_timeout(Duration::from_secs(30)).unwrap();
+            assert!(unwound);
+            assert_eq!((accounts.dirty, accounts.quarantined), (0, 8 * BLOCK_SIZE));
+        },
+    );
 }
 
 /// A thread of the VMM's own rayon pool goes on with other work of that pool while it waits for the library's threads, and that may

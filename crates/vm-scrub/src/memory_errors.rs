@@ -31,7 +31,7 @@
 //!   `mmap(2)`), the signal goes where it went before. So it does for hugetlb memory that is given to `scrub_raw` on kernels
 //!   that refuse to replace a part of a huge page in the same words (6.1 does; 6.12 does not).
 //! - A thread that blocks `SIGBUS` is ended by the kernel whatever handler there is. A pool's threads inherit the mask of the
-//!   thread that builds the pool.
+//!   thread that builds the pool; the thread that tears a lease down works with them, with a mask of its own.
 //! - Guests that run on broken memory, and the VMM's own accesses to it: that is the VMM's to handle. So is a handler that is
 //!   installed later without handing on what is not its own.
 //! - Broken memory that does not report itself.

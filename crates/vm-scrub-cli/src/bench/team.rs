@@ -136,5 +136,13 @@ mod tests {
             if part[0] == 0 { Err("no") } else { Ok(()) }
         });
         assert_eq!(result, Err("no"));
+        for bad in [0, 32] {
+            let mut memory = [0; 64];
+            memory[bad] = 1;
+            let result = team.each(&mut memory, 1, |part| {
+                if part[0] == 1 { Err("no") } else { Ok(()) }
+            });
+            assert_eq!(result, Err("no"));
+        }
     }
 }

@@ -67,15 +67,15 @@ struct Retired {
 /// A thread at work on a retired lease. Keeps the pool's memory mapped, and gives the lease up if the thread panics.
 struct Active<'a> {
     retired: &'a Retired,
-    /// Whether the thread was unwinding before: then it is not this work that has panicked.
-    unwinding: bool,
+    /// Whether the work has returned. Not whether the thread is unwinding: it may have been before.
+    has_returned: bool,
     _pool: Arc<Shared>,
 }
 
 impl Drop for Active<'_> {
     fn drop(&mut self) {
         let retired = self.retired;
-        if std::thread::panicking() && !self.unwinding {
+        if !self.has_returned {
             retired.give_up();
         }
         {
@@ -318,7 +318,7 @@ impl Retired {
         self.active.fetch_add(1, Ordering::SeqCst);
         let active = Active {
             retired: self,
-            unwinding: std::thread::panicking(),
+            has_returned: false,
             _pool: pool,
         };
         Some((active, job, stage.done_before(self.bytes)))
@@ -326,7 +326,7 @@ impl Retired {
 
     /// Takes pieces until there are none left, it is cancelled, or `go_on` says no.
     fn take_batches(&self, go_on: &mut dyn FnMut(usize) -> bool) {
-        if let Some((_active, job, before)) = self.enter() {
+        if let Some((mut active, job, before)) = self.enter() {
             let go_on = |bytes| !self.cancelled.load(Ordering::SeqCst) && go_on(bytes);
             let watch = |done, _| {
                 if let Some(before) = before {
@@ -334,6 +334,7 @@ impl Retired {
                 }
             };
             job.work(go_on, Some(&watch));
+            active.has_returned = true;
         }
     }
 

@@ -102,7 +102,8 @@ impl PoolBuilder {
     }
 
     /// How many threads scrub: 1 to 4096. By default one per processor, of the NUMA node if there is one. The thread that tears a lease
-    /// down is one of them, unless there is a node; with 1, or without the `rayon` feature, it is the only one.
+    /// down is one of them, unless there is a node; with 1, or without the `rayon` feature, it is the only one. So where several leases are
+    /// torn down at once, each of those threads works, and all but one of the pool's.
     pub fn threads(mut self, threads: usize) -> Self {
         self.threads = Some(threads);
         self
@@ -239,8 +240,8 @@ impl PoolBuilder {
         self
     }
 
-    /// Calls `on_progress` after each piece (of at most 256 KiB) that was scrubbed, from the thread that did it. It must be
-    /// quick, and must not wait for what waits for it, as [`Ticket::cancel`](crate::Ticket::cancel) does. If it panics, the
+    /// Calls `on_progress` after each piece (of at most 256 KiB) that was scrubbed, from the thread that did it, which may be the one that
+    /// tears the lease down. It must be quick, and must not wait for what waits for it, as [`Ticket::cancel`](crate::Ticket::cancel) does. If it panics, the
     /// memory of that lease is quarantined, unless it was finished by then.
     pub fn on_progress(mut self, on_progress: impl Fn(Progress) + Send + Sync + 'static) -> Self {
         self.on_progress = Some(Arc::new(on_progress));

@@ -5,6 +5,10 @@
 use crate::sys::numa::Numbers;
 #[cfg(feature = "rayon")]
 use crate::sys::{fork, thread};
+#[cfg(feature = "rayon")]
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+#[cfg(feature = "rayon")]
+use std::sync::{Mutex, PoisonError};
 
 /// A fixed set of threads, or the calling thread alone.
 #[derive(Debug)]
@@ -95,21 +99,37 @@ impl Workers {
     ///
     /// The calling thread is one of them, in place of the first, unless they are pinned: it is awake, and on a processor. Were it to wait
     /// for all of them instead, the one that wakes up on its processor would now and then do the work of two.
+    ///
+    /// A panic of `work`, which may be the embedder's, goes on in the caller when all have returned. If there are several, what the others
+    /// threw is not dropped: that may panic too, where rayon does not expect it and goes back to the caller before its threads are done.
     pub(crate) fn all(&self, work: impl Fn() + Sync) {
         #[cfg(feature = "rayon")]
         if let Some(pool) = self.threads_here() {
+            let thrown = Mutex::new(None);
+            let work = || {
+                let Err(panic) = catch_unwind(AssertUnwindSafe(&work)) else {
+                    return;
+                };
+                match &mut *thrown.lock().unwrap_or_else(PoisonError::into_inner) {
+                    first @ None => *first = Some(panic),
+                    Some(_) => std::mem::forget(panic),
+                }
+            };
             if self.pinned {
                 pool.broadcast(|_| work());
-                return;
-            }
-            pool.in_place_scope(|scope| {
-                scope.spawn_broadcast(|_, thread| {
-                    if thread.index() != 0 {
-                        work();
-                    }
+            } else {
+                pool.in_place_scope(|scope| {
+                    scope.spawn_broadcast(|_, thread| {
+                        if thread.index() != 0 {
+                            work();
+                        }
+                    });
+                    work();
                 });
-                work();
-            });
+            }
+            if let Some(panic) = thrown.into_inner().unwrap_or_else(PoisonError::into_inner) {
+                resume_unwind(panic);
+            }
             return;
         }
         work();
@@ -130,7 +150,6 @@ fn pin(threads: &[libc::pid_t], cpus: &Numbers) {
 mod tests {
     use super::*;
     use crate::sys::thread::cpus_of_this_thread;
-    use std::sync::Mutex;
 
     fn cpus_of(workers: &Workers) -> Vec<Numbers> {
         let seen = Mutex::default();

@@ -239,7 +239,8 @@ unsafe fn try_move(from: *mut u8, to: *mut u8, len: usize) -> Result<()> {
 }
 
 /// Closes the hole that `mremap` leaves at its destination where it finds too late that it may not move (a limit, an account of memory
-/// that may not be overcommitted): what another thread mapped there would be taken for the pool's. What is still mapped stays as it is.
+/// that may not be overcommitted): what another thread mapped there would be taken for the pool's. What is mapped there stays as it is:
+/// the caller's, unless that other thread was quicker, which nothing tells apart.
 fn reserve_if_unmapped(address: *mut u8, len: usize) {
     let reserved = fault::check(Call::Mmap).and_then(|()| {
         // SAFETY: MAP_FIXED_NOREPLACE (Linux 4.17) changes nothing that is mapped.
@@ -396,6 +397,23 @@ mod tests {
     fn is_mapped(address: *mut u8) -> bool {
         // SAFETY: nothing is changed, whatever is there.
         unsafe { libc::msync(address.cast(), LEN, libc::MS_ASYNC) == 0 }
+    }
+
+    #[test]
+    fn what_a_move_that_fails_has_left_alone_stays() {
+        let start = reserve(2 * LEN).unwrap();
+        let to = start.wrapping_add(LEN);
+        // SAFETY: reserved above, and this test's own.
+        unsafe {
+            map_anonymous(start, 2 * LEN).unwrap();
+            start.write(7);
+            to.write(9);
+            let _fault = fault::inject(Call::Mremap, 0, 1, libc::ENOMEM);
+            move_pages(start, to, LEN).unwrap_err();
+            assert_eq!((start.read(), to.read()), (7, 9));
+            to.write(8);
+            unmap(start, 2 * LEN).unwrap();
+        }
     }
 
     #[test]
