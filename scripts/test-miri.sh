@@ -15,7 +15,7 @@ tests=(
     lease::
     pool::
     scrub::batches scrub::direct scrub::job scrub::pass scrub::plan scrub::sample
-    scrub::calibrate::tests::{a_share,equals,nothing_measured,sizes_stand,so_much,the_cheapest,what_is_far,what_was_tried}
+    scrub::calibrate::tests::{a_share,both_sizes,equals,nothing_measured,sizes_stand,so_much,the_cheapest,what_is_far,what_was_tried}
     sys::numa::tests::{lists,a_list,a_mask,no_text}
     sys::procmap::tests::lines_of_all_kinds
 )

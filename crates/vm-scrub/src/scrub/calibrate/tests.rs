@@ -132,6 +132,26 @@ fn equals_are_decided_by_what_no_cache_holds() {
 }
 
 #[test]
+fn both_sizes_count_by_ratio_between_equals() {
+    let mut loops = ZeroLoop::available();
+    let (Some(a), Some(b)) = (loops.next(), loops.next()) else {
+        return eprintln!("SKIPPED: this processor has one zeroing loop only");
+    };
+    let with = |small: f64, beyond: f64| {
+        let calibration = of(vec![
+            measured(Loops::Zero(a), SMALLEST, 1e-10),
+            measured(Loops::Zero(b), SMALLEST, small),
+            measured(Loops::Zero(a), BEYOND_CACHES, 1e-9),
+            measured(Loops::Zero(b), BEYOND_CACHES, beyond),
+        ]);
+        calibration.fastest_zero(SMALLEST as u64, 1)
+    };
+    assert_eq!(with(1.04e-10, 0.99e-9), a);
+    assert_eq!(with(1.04e-10, 0.95e-9), b);
+    assert_eq!(with(1.06e-10, 0.1e-9), a);
+}
+
+#[test]
 fn what_is_far_behind_at_both_ends_is_not_tried_between_them() {
     let (Some(a), Some(b)) = (
         VerifyLoop::available().next(),
