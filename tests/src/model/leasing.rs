@@ -20,6 +20,12 @@ impl Model {
         let met = faults.is_some_and(|faults| faults.hits() > 0);
         if met {
             self.met_fault();
+            if self.knobs.check_on_grant {
+                // What could not be read is in quarantine, others were given for it, and no receipt says so.
+                let after = self.pool().accounts();
+                let lost = after.quarantined.saturating_sub(before.quarantined);
+                self.unsaid += lost / BLOCK_SIZE;
+            }
         }
         match (expected, result) {
             (Answer::Fine(sorted, blocks), Ok(lease)) => {
