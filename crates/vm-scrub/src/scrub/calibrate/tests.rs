@@ -175,7 +175,10 @@ fn what_is_far_behind_at_both_ends_is_not_tried_between_them() {
             measured(Loops::Zero(ZeroLoop::best_guess()), SMALLEST, 1e-9),
         ]);
         let may_win = calibration.may_win(&untried);
+        let rates = calibration.rates().count();
         calibration.forget_hopeless();
+        // What was measured is told, whatever came of it.
+        assert_eq!(calibration.rates().count(), rates);
         // What may win and had no turn keeps the others from being chosen.
         assert_eq!(
             calibration.is_complete(Operation::Verify, between),
