@@ -91,16 +91,34 @@ impl Drop for Active<'_> {
 
 /// A thread that has the stage of a retired lease to itself. If it panics (in a logger of the embedder's), nobody waits for it for
 /// ever.
-struct Alone<'a>(&'a Retired);
+struct Alone<'a> {
+    retired: &'a Retired,
+    /// Whether it has left: then the next thread may be at it, and what is busy is that one's.
+    has_left: bool,
+}
+
+impl<'a> Alone<'a> {
+    /// For the thread that has made the state [`State::Busy`].
+    fn with(retired: &'a Retired) -> Self {
+        Self {
+            retired,
+            has_left: false,
+        }
+    }
+
+    /// Leaves the lease in this state.
+    fn leave(mut self, state: State) {
+        *self.retired.state() = state;
+        self.has_left = true;
+    }
+}
 
 impl Drop for Alone<'_> {
     fn drop(&mut self) {
-        let mut state = self.0.state();
-        if matches!(&*state, State::Busy) {
-            *state = State::GivenUp;
+        if !self.has_left {
+            *self.retired.state() = State::GivenUp;
         }
-        drop(state);
-        self.0.changed.notify_all();
+        self.retired.changed.notify_all();
     }
 }
 
@@ -228,7 +246,7 @@ impl Ticket {
                 State::Waiting(_) if !busy => {
                     if let State::Waiting(stage) = std::mem::replace(&mut *state, State::Busy) {
                         drop(state);
-                        let _alone = Alone(retired);
+                        let _alone = Alone::with(retired);
                         return match stage.give_up() {
                             Left::Dirty(steps) => {
                                 Cancelled::Dirty(Box::new(DirtyMemory { steps: *steps }))
@@ -359,13 +377,13 @@ impl Retired {
                 }
             }
         };
-        let _alone = Alone(self);
+        let alone = Alone::with(self);
         // The end of this lease may be the pool's.
         let _pool = self.pool.upgrade();
         let before = stage.done_before(self.bytes).unwrap_or(self.bytes);
         match stage.proceed(&mut go_on, &|done| self.tell(before + done)) {
             Next::Stage(stage) => {
-                *self.state() = State::Waiting(Box::new(stage));
+                alone.leave(State::Waiting(Box::new(stage)));
                 !stopped
             }
             Next::Over(end) => {
@@ -378,7 +396,7 @@ impl Retired {
                     Err(error) => log::error!("{} in the background: {error}", self.lease),
                 }
                 self.done.store(self.total, Ordering::Relaxed);
-                *self.state() = State::Finished(Some(end));
+                alone.leave(State::Finished(Some(end)));
                 false
             }
         }
