@@ -127,3 +127,18 @@ fn who_waits_for_work_does_not_take_what_is_cancelled() {
         assert!(!waits.join().unwrap());
     });
 }
+
+#[test]
+fn who_leaves_a_lease_leaves_the_next_one_alone_with_it() {
+    let (_pool, ticket) = retired_in(Pool::builder());
+    let retired = &*ticket.retired;
+    let is_busy = || matches!(&*retired.state(), State::Busy);
+    let stage = std::mem::replace(&mut *retired.state(), State::Busy);
+    // The next one is at it before the first has gone.
+    Alone::with(retired).leave(State::Busy);
+    assert!(is_busy());
+    // One that panics gives it up.
+    drop(Alone::with(retired));
+    assert!(matches!(&*retired.state(), State::GivenUp));
+    drop(stage);
+}

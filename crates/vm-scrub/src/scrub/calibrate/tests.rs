@@ -10,6 +10,24 @@ fn what_was_measured_on_is_unmapped() {
     assert!((0..100).any(|_| !seen.insert(address())));
 }
 
+fn two_readers() -> Option<[VerifyLoop; 2]> {
+    let mut readers = VerifyLoop::available();
+    let two = readers.next().zip(readers.next());
+    if two.is_none() {
+        eprintln!("SKIPPED: this processor has one verification loop only");
+    }
+    two.map(|(a, b)| [a, b])
+}
+
+fn two_zero_loops() -> Option<[ZeroLoop; 2]> {
+    let mut loops = ZeroLoop::available();
+    let two = loops.next().zip(loops.next());
+    if two.is_none() {
+        eprintln!("SKIPPED: this processor has one zeroing loop only");
+    }
+    two.map(|(a, b)| [a, b])
+}
+
 fn measured(loops: Loops, bytes: usize, cost: f64) -> Measured {
     let turns = u32::from(cost.is_finite());
     Measured {
@@ -85,12 +103,7 @@ fn sizes_stand_for_their_neighbourhood() {
 
 #[test]
 fn a_size_at_which_not_every_loop_had_its_turn_does_not_decide() {
-    let (Some(a), Some(b)) = (
-        VerifyLoop::available().next(),
-        VerifyLoop::available().nth(1),
-    ) else {
-        return eprintln!("SKIPPED: this processor has one verification loop only");
-    };
+    let Some([a, b]) = two_readers() else { return };
     let calibration = of(vec![
         measured(Loops::Verify(a), SMALLEST, 2.0),
         measured(Loops::Verify(b), SMALLEST, 1.0),
@@ -102,9 +115,8 @@ fn a_size_at_which_not_every_loop_had_its_turn_does_not_decide() {
 
 #[test]
 fn equals_are_decided_by_what_no_cache_holds() {
-    let mut loops = ZeroLoop::available();
-    let (Some(a), Some(b)) = (loops.next(), loops.next()) else {
-        return eprintln!("SKIPPED: this processor has one zeroing loop only");
+    let Some([a, b]) = two_zero_loops() else {
+        return;
     };
     let (small, medium) = (IN_CACHE[1], IN_CACHE[2]);
     let calibration = of(vec![
@@ -133,9 +145,8 @@ fn equals_are_decided_by_what_no_cache_holds() {
 
 #[test]
 fn both_sizes_count_by_ratio_between_equals() {
-    let mut loops = ZeroLoop::available();
-    let (Some(a), Some(b)) = (loops.next(), loops.next()) else {
-        return eprintln!("SKIPPED: this processor has one zeroing loop only");
+    let Some([a, b]) = two_zero_loops() else {
+        return;
     };
     let with = |small: f64, beyond: f64| {
         let calibration = of(vec![
@@ -153,12 +164,7 @@ fn both_sizes_count_by_ratio_between_equals() {
 
 #[test]
 fn what_is_far_behind_at_both_ends_is_not_tried_between_them() {
-    let (Some(a), Some(b)) = (
-        VerifyLoop::available().next(),
-        VerifyLoop::available().nth(1),
-    ) else {
-        return eprintln!("SKIPPED: this processor has one verification loop only");
-    };
+    let Some([a, b]) = two_readers() else { return };
     let between = IN_CACHE[2];
     let may_win = |smallest: f64, largest: f64, larger: f64| {
         let untried = measured(Loops::Verify(b), between, f64::INFINITY);
@@ -262,12 +268,7 @@ fn this_host_is_measured_once() {
 
 #[test]
 fn so_much_faster_is_far_behind() {
-    let (Some(a), Some(b)) = (
-        VerifyLoop::available().next(),
-        VerifyLoop::available().nth(1),
-    ) else {
-        return eprintln!("SKIPPED: this processor has one verification loop only");
-    };
+    let Some([a, b]) = two_readers() else { return };
     let calibration = of(vec![
         measured(Loops::Verify(a), SMALLEST, 2.0),
         // At another size, and another operation.
