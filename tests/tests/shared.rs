@@ -38,6 +38,16 @@ on_every_page_size!(
 );
 on_small_page_sizes!(a_pool_that_is_not_populated_stays_so);
 
+/// Tears an ordinary lease down, which is proven and revoked as in a pool that has shared nothing.
+fn taken_back_as_ever(lease: Lease, page_size: PageSize) {
+    let receipt = teardown(lease);
+    assert!(receipt.is_proven());
+    assert_eq!(
+        receipt.revocation,
+        vm_scrub_tests::maps::revocation(page_size)
+    );
+}
+
 #[test]
 fn peer() {
     peer::serve();
@@ -354,12 +364,7 @@ fn a_pool_that_is_populated_stays_so(page_size: PageSize) {
             assert_eq!(populated_bytes(window), region.bytes);
         }
         fill(&ordinary, round);
-        let receipt = teardown(ordinary);
-        assert!(receipt.is_proven());
-        assert_eq!(
-            receipt.revocation,
-            vm_scrub_tests::maps::revocation(page_size)
-        );
+        taken_back_as_ever(ordinary, page_size);
     }
     assert_back(&pool);
 
@@ -413,11 +418,6 @@ fn memory_that_could_not_be_populated_is_revoked_with_proof_all_the_same(page_si
     pool.reclaim();
     let ordinary = pool.lease(&regions(&GUEST)).unwrap();
     fill(&ordinary, 2);
-    let receipt = teardown(ordinary);
-    assert!(receipt.is_proven());
-    assert_eq!(
-        receipt.revocation,
-        vm_scrub_tests::maps::revocation(page_size)
-    );
+    taken_back_as_ever(ordinary, page_size);
     assert_back(&pool);
 }
