@@ -8,7 +8,7 @@ use vm_scrub_vmm::MAX_VCPUS;
 /// The most guests that one demonstration runs: a larger number is taken for a mistake.
 const MAX_GUESTS: i64 = 10_000;
 
-/// The largest guest, in bytes: what the demonstration's page tables can map.
+/// The largest guest, in bytes: what the page tables of the guests of `vm-scrub-vmm` can map.
 const MAX_MEMORY: u64 = 64 << 30;
 
 /// How vm-scrub is told which loops to use where no argument says it.
@@ -42,7 +42,7 @@ pub(crate) enum Command {
 #[derive(Debug, Arguments)]
 pub(crate) struct DemoArgs {
     /// Memory of each guest, a multiple of 2 MiB (K, M, G and KiB, MiB, GiB are powers of 1024)
-    #[arg(long, value_name = "SIZE", default_value = "1G", allow_negative_numbers = true, value_parser = memory_size)]
+    #[arg(long, value_name = "SIZE", default_value = "1G", allow_negative_numbers = true, value_parser = memory)]
     pub(crate) memory: u64,
 
     /// Pages the memory consists of: 4 KiB, transparent huge pages, or hugetlb pages of 2 MiB
@@ -109,16 +109,17 @@ pub(crate) fn page_size(name: &str) -> Result<PageSize, String> {
         .map_err(|error: vm_scrub::pool::UnknownPageSize| error.to_string())
 }
 
-fn memory_size(text: &str) -> Result<u64, String> {
+/// Reads a guest's memory in bytes.
+pub(crate) fn memory(text: &str) -> Result<u64, String> {
     let bytes = parse_size::Config::new()
         .with_binary()
         .parse_size(text)
-        .map_err(|error| format!("{error}: write it like 512M or 1G"))?;
+        .map_err(|_| "not a size: write it like 512M or 1G")?;
     if bytes == 0 || !bytes.is_multiple_of(BLOCK_SIZE) {
         return Err("a guest's memory is a multiple of 2 MiB, and not zero".into());
     }
     if bytes > MAX_MEMORY {
-        return Err("the demonstration's guests have at most 64 GiB".into());
+        return Err("a guest has at most 64 GiB here".into());
     }
     Ok(bytes)
 }
@@ -135,9 +136,9 @@ mod tests {
 
     #[test]
     fn sizes_are_powers_of_1024_and_whole_blocks() {
-        assert_eq!(memory_size("1G"), Ok(1 << 30));
-        assert_eq!(memory_size("2MiB"), Ok(2 << 20));
-        assert_eq!(memory_size("4194304"), Ok(4 << 20));
+        assert_eq!(memory("1G"), Ok(1 << 30));
+        assert_eq!(memory("2MiB"), Ok(2 << 20));
+        assert_eq!(memory("4194304"), Ok(4 << 20));
         for bad in [
             "0",
             "1M",
@@ -149,7 +150,7 @@ mod tests {
             "1.0000001G",
             "99999999999G",
         ] {
-            assert!(memory_size(bad).is_err(), "{bad}");
+            assert!(memory(bad).is_err(), "{bad}");
         }
     }
 }

@@ -22,11 +22,14 @@ fn main() -> ExitCode {
     if let Command::Bench(bench) = &args.command
         && let Err(why) = bench.check()
     {
-        refuse(ErrorKind::ArgumentConflict, why);
+        Args::command()
+            .error(ErrorKind::ArgumentConflict, why)
+            .exit();
     }
     // To scrub nothing asks for nothing but loops that exist, which the environment may name.
     if let Err(why) = vm_scrub::scrub(&mut [], &Policy::new()) {
-        refuse(ErrorKind::InvalidValue, why);
+        let _ = writeln!(io::stderr(), "error: {why}");
+        return ExitCode::from(BAD_ARGUMENTS);
     }
     env_logger::Builder::from_env(env_logger::Env::default().default_filter_or("error")).init();
     let done = match args.command {
@@ -51,8 +54,3 @@ fn main() -> ExitCode {
 
 /// The exit status of what clap refuses.
 const BAD_ARGUMENTS: u8 = 2;
-
-/// Ends as clap does when an argument is bad.
-fn refuse(kind: ErrorKind, why: impl std::fmt::Display) -> ! {
-    Args::command().error(kind, why).exit()
-}

@@ -5,11 +5,7 @@ use serde::Serialize;
 use std::fmt;
 use std::path::PathBuf;
 use std::time::Duration;
-use vm_scrub::{BLOCK_SIZE, PageSize};
-
-/// The largest guest, in bytes: what the page tables of the guests of `vm-scrub-vmm` can map and a host can be expected to
-/// have several times over.
-const MAX_MEMORY: u64 = 64 << 30;
+use vm_scrub::PageSize;
 
 /// More seconds than anybody waits for one group.
 const MAX_SECONDS: f64 = 86_400.0;
@@ -104,7 +100,7 @@ pub(crate) struct BenchArgs {
 
     /// Memory of a guest, a multiple of 2 MiB (K, M, G and KiB, MiB, GiB are powers of 1024). `turnaround` needs about six
     /// times as much, eight times with 4 KiB pages
-    #[arg(long, value_name = "SIZE", default_value = "1G", allow_negative_numbers = true, value_parser = memory_size)]
+    #[arg(long, value_name = "SIZE", default_value = "1G", allow_negative_numbers = true, value_parser = crate::args::memory)]
     pub(crate) memory: u64,
 
     /// Pages the memory consists of; several are separated by commas [default: all; `loops` and `neighbour`: thp]
@@ -197,20 +193,6 @@ impl BenchArgs {
 fn most_threads(processors: usize) -> usize {
     const FOR_EACH: usize = 16;
     FOR_EACH * processors
-}
-
-fn memory_size(text: &str) -> Result<u64, String> {
-    let bytes = parse_size::Config::new()
-        .with_binary()
-        .parse_size(text)
-        .map_err(|error| format!("{error}: write it like 512M or 1G"))?;
-    if bytes == 0 || !bytes.is_multiple_of(BLOCK_SIZE) {
-        return Err("memory is a multiple of 2 MiB, and not zero".into());
-    }
-    if bytes > MAX_MEMORY {
-        return Err("at most 64 GiB are measured".into());
-    }
-    Ok(bytes)
 }
 
 fn seconds(text: &str) -> Result<Duration, String> {

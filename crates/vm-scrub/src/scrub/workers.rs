@@ -150,6 +150,7 @@ fn pin(threads: &[libc::pid_t], cpus: &Numbers) {
 mod tests {
     use super::*;
     use crate::sys::thread::cpus_of_this_thread;
+    use std::sync::Arc;
 
     fn cpus_of(workers: &Workers) -> Vec<Numbers> {
         let seen = Mutex::default();
@@ -215,6 +216,19 @@ mod tests {
         assert_eq!((workers.threads(), Workers::caller().threads()), (2, 1));
         assert!(workers.map(2, who).iter().all(|worker| *worker != me));
         assert_eq!(workers.map(3, |number| number), [0, 1, 2]);
+    }
+
+    #[test]
+    fn of_several_panics_one_goes_on_and_none_is_dropped() {
+        let thrown = Arc::new(());
+        for pinned in [None, Some(cpus_of_this_thread())] {
+            let workers = Workers::start(3, pinned.as_ref()).unwrap();
+            let before = Arc::strong_count(&thrown);
+            let work = || std::panic::panic_any(Arc::clone(&thrown));
+            let panic = catch_unwind(AssertUnwindSafe(|| workers.all(work))).unwrap_err();
+            assert_eq!(Arc::strong_count(&thrown), before + 3);
+            assert!(panic.is::<Arc<()>>());
+        }
     }
 
     #[test]
