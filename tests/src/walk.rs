@@ -139,9 +139,12 @@ pub fn of_teardown(page_size: PageSize) -> &'static [Call] {
             Call::Munlock,
             Call::UffdMove,
             Call::Mmap,
+            Call::Getrlimit,
             Call::PagemapOpen,
             Call::PagemapScan,
             Call::PagemapRead,
+            // Looking whether this is a forked child, whose pagemap is another one.
+            Call::WipeOnFork,
         ],
     }
 }

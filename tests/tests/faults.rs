@@ -26,7 +26,7 @@ fn a_pool_is_built(page_size: PageSize) {
     let without = [false, true].map(|populate| (None, populate));
     let on_node = numa::node().map(|node| (Some(node), false));
     for (node, populate) in without.into_iter().chain(on_node) {
-        let mut calls = vec![Call::Mmap, Call::Madvise];
+        let mut calls = vec![Call::WipeOnFork, Call::Mmap, Call::Madvise];
         if page_size == PageSize::Huge2M {
             calls.extend([
                 Call::MemfdCreate,
@@ -105,7 +105,7 @@ fn a_guest_is_leased(page_size: PageSize) {
             ],
             (PageSize::Huge2M, false) => &[Call::Fstat, Call::Mmap, Call::Mprotect, Call::Madvise],
             // The window is cut from what was reserved for the neighbour.
-            _ => &[Call::Mremap],
+            _ => &[Call::Getrlimit, Call::Mremap],
         };
         walk::a_guest_is_leased(calls, || builder(page_size).populate(populate));
     }

@@ -42,10 +42,12 @@ fn a_guest_is_leased_from_checked_memory(page_size: PageSize) {
             Call::Populate,
         ],
         _ => &[
+            Call::Getrlimit,
             Call::Mremap,
             Call::PagemapOpen,
             Call::PagemapScan,
             Call::PagemapRead,
+            Call::WipeOnFork,
         ],
     };
     walk::a_guest_is_leased(calls, || checked(page_size));
@@ -74,7 +76,7 @@ fn a_pool_is_locked(page_size: PageSize) {
 }
 
 fn a_guest_is_leased_from_locked_memory(page_size: PageSize) {
-    let calls = [Call::Mremap, Call::Munlock, Call::Mlock];
+    let calls = [Call::Getrlimit, Call::Mremap, Call::Munlock, Call::Mlock];
     if may_lock(page_size) {
         walk::a_guest_is_leased(&calls, || locked(page_size));
     }

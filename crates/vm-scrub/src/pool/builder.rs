@@ -11,7 +11,7 @@ use super::{
 use crate::BLOCK_SIZE;
 use crate::backing::{BLOCK, NotPrepared, RevokeBy, WindowSpace};
 use crate::scrub::{Engine, Policy, Workers};
-use crate::sys::{features, map};
+use crate::sys::{features, fork, map};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -274,6 +274,7 @@ impl PoolBuilder {
         if bytes != 4096 {
             return Err(PoolError::HostPageSize { bytes });
         }
+        let address_space = fork::address_space().map_err(|source| PoolError::Fork { source })?;
         features::log_once();
         let cpus = self.numa_node.map(node::processors).transpose()?.flatten();
         let threads = self.threads.unwrap_or_else(|| {
@@ -331,7 +332,7 @@ impl PoolBuilder {
             },
             backing.revocation()
         );
-        let shared = Owned::new(Shared {
+        let shared = Shared {
             background,
             backing,
             ledger: Arc::new(Ledger::new(capacity / BLOCK_SIZE)),
@@ -346,7 +347,8 @@ impl PoolBuilder {
             lock_memory: self.lock_memory,
             check_on_grant: self.check_on_grant,
             on_progress: self.on_progress,
-        });
+        };
+        let shared = Owned::new(shared, address_space);
         shared.background.entrust(shared.visit());
         Ok(Pool {
             shared: Arc::new(shared),

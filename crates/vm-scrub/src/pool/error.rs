@@ -87,6 +87,15 @@ pub enum PoolError {
         /// The call that failed.
         r#source: sys::Error,
     },
+    /// A child that the process forks could not be told from it, and would take the pool's addresses for its own.
+    #[error(
+        "forked children could not be told from this process ({source}): this takes a free page, and a kernel and a seccomp \
+         filter with MADV_WIPEONFORK (Linux 4.14)"
+    )]
+    Fork {
+        /// The call that failed.
+        r#source: sys::Error,
+    },
     /// The address space for the pool's memory could not be had.
     #[error(
         "{capacity} bytes of memory could not be mapped ({source}): ask for less, or raise the limit on address space \

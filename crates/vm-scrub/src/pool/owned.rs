@@ -14,21 +14,21 @@ use std::sync::{Arc, Weak};
 pub(crate) struct Owned {
     shared: Arc<Shared>,
     /// The one in which its memory and its threads are.
-    address_space: Option<u64>,
+    address_space: u64,
 }
 
 impl Owned {
-    pub(super) fn new(shared: Shared) -> Self {
+    pub(super) fn new(shared: Shared, address_space: u64) -> Self {
         Self {
             shared: Arc::new(shared),
-            address_space: fork::address_space(),
+            address_space,
         }
     }
 
     /// Whether this is where the pool was built. In a forked child neither its memory nor its threads are there, and what lies at
     /// their addresses may be the child's own.
     pub(crate) fn is_here(&self) -> bool {
-        self.address_space == fork::address_space()
+        fork::is_here(self.address_space)
     }
 
     /// For those who only look.

@@ -35,7 +35,7 @@ fn of_this_process<T>(
     if fault::is_planned(call) {
         return open().map(Arc::new);
     }
-    let Some(here) = fork::address_space() else {
+    let Ok(here) = fork::address_space() else {
         return open().map(Arc::new);
     };
     let mut file = file.lock().unwrap_or_else(PoisonError::into_inner);

@@ -14,12 +14,16 @@ use std::sync::{Mutex, PoisonError};
 #[derive(Debug)]
 pub(crate) struct Workers {
     #[cfg(feature = "rayon")]
-    pool: Option<rayon::ThreadPool>,
-    /// Where the threads are: a forked child has none of them, and would wait for them for ever.
-    #[cfg(feature = "rayon")]
-    address_space: Option<u64>,
+    threads: Option<Threads>,
+}
+
+#[cfg(feature = "rayon")]
+#[derive(Debug)]
+struct Threads {
+    pool: rayon::ThreadPool,
+    /// Where they are: a forked child has none of them, and would wait for them for ever.
+    address_space: u64,
     /// Whether they run where they are told, which may be on another node than the caller.
-    #[cfg(feature = "rayon")]
     pinned: bool,
 }
 
@@ -31,11 +35,7 @@ impl Workers {
     pub(crate) fn caller() -> Self {
         Self {
             #[cfg(feature = "rayon")]
-            pool: None,
-            #[cfg(feature = "rayon")]
-            address_space: None,
-            #[cfg(feature = "rayon")]
-            pinned: false,
+            threads: None,
         }
     }
 
@@ -53,10 +53,13 @@ impl Workers {
             if let Some(cpus) = cpus {
                 pin(&threads, cpus);
             }
-            return Ok(Self {
-                pool: Some(pool),
-                address_space: fork::address_space(),
+            let threads = Threads {
+                pool,
+                address_space: fork::address_space()?,
                 pinned: cpus.is_some(),
+            };
+            return Ok(Self {
+                threads: Some(threads),
             });
         }
         let _ = (threads, cpus);
@@ -64,16 +67,16 @@ impl Workers {
     }
 
     #[cfg(feature = "rayon")]
-    fn threads_here(&self) -> Option<&rayon::ThreadPool> {
-        let pool = self.pool.as_ref()?;
-        (self.address_space == fork::address_space()).then_some(pool)
+    fn threads_here(&self) -> Option<&Threads> {
+        let threads = self.threads.as_ref()?;
+        fork::is_here(threads.address_space).then_some(threads)
     }
 
     /// How many threads work at the same time.
     pub(crate) fn threads(&self) -> usize {
         #[cfg(feature = "rayon")]
-        if let Some(pool) = self.threads_here() {
-            return pool.current_num_threads();
+        if let Some(threads) = self.threads_here() {
+            return threads.pool.current_num_threads();
         }
         1
     }
@@ -86,11 +89,13 @@ impl Workers {
         one: impl Fn(usize) -> T + Send + Sync,
     ) -> Vec<T> {
         #[cfg(feature = "rayon")]
-        if let Some(pool) = self.threads_here()
+        if let Some(threads) = self.threads_here()
             && count > 1
         {
             use rayon::prelude::*;
-            return pool.install(|| (0..count).into_par_iter().map(one).collect());
+            return threads
+                .pool
+                .install(|| (0..count).into_par_iter().map(one).collect());
         }
         (0..count).map(one).collect()
     }
@@ -104,7 +109,7 @@ impl Workers {
     /// threw is not dropped: that may panic too, where rayon does not expect it and goes back to the caller before its threads are done.
     pub(crate) fn all(&self, work: impl Fn() + Sync) {
         #[cfg(feature = "rayon")]
-        if let Some(pool) = self.threads_here() {
+        if let Some(Threads { pool, pinned, .. }) = self.threads_here() {
             let thrown = Mutex::new(None);
             let work = || {
                 let Err(panic) = catch_unwind(AssertUnwindSafe(&work)) else {
@@ -115,7 +120,7 @@ impl Workers {
                     Some(_) => std::mem::forget(panic),
                 }
             };
-            if self.pinned {
+            if *pinned {
                 pool.broadcast(|_| work());
             } else {
                 pool.in_place_scope(|scope| {

@@ -18,9 +18,13 @@ pub enum Call {
     Mremap,
     /// `mprotect(2)`.
     Mprotect,
+    /// `getrlimit(2)` of `RLIMIT_DATA`, which is `prlimit64` to a seccomp filter.
+    Getrlimit,
     /// `madvise(2)` with advice that changes how a range is treated (`DONTFORK`, `DONTDUMP`, `UNMERGEABLE`, huge pages), or that
     /// discards it (`DONTNEED`, `REMOVE`).
     Madvise,
+    /// `mmap(2)` and `madvise(2)` with `MADV_WIPEONFORK` of the page by which a forked child is told from its parent.
+    WipeOnFork,
     /// `madvise(2)` with `MADV_POPULATE_WRITE`.
     Populate,
     /// `futex(2)` with `FUTEX_WAKE_OP`, which populates one page where `MADV_POPULATE_WRITE` is missing.
@@ -94,7 +98,9 @@ impl Call {
         Call::Munmap,
         Call::Mremap,
         Call::Mprotect,
+        Call::Getrlimit,
         Call::Madvise,
+        Call::WipeOnFork,
         Call::Populate,
         Call::Touch,
         Call::PopulateRead,
@@ -136,7 +142,9 @@ impl Call {
             Call::Munmap => "munmap",
             Call::Mremap => "mremap",
             Call::Mprotect => "mprotect",
+            Call::Getrlimit => "getrlimit",
             Call::Madvise => "madvise",
+            Call::WipeOnFork => "madvise(MADV_WIPEONFORK)",
             Call::Populate => "madvise(MADV_POPULATE_WRITE)",
             Call::Touch => "futex(FUTEX_WAKE_OP)",
             Call::PopulateRead => "madvise(MADV_POPULATE_READ)",

@@ -369,8 +369,11 @@ unsafe fn fault_in(call: Call, address: *mut u8, len: usize, advice: libc::c_int
     }
 }
 
-/// Whether this process has a limit on writable private memory (`RLIMIT_DATA`).
+/// Whether this process has a limit on writable private memory (`RLIMIT_DATA`). What cannot be asked is taken for one.
 pub(crate) fn data_is_limited() -> bool {
+    if fault::check(Call::Getrlimit).is_err() {
+        return true;
+    }
     let mut limit = libc::rlimit {
         rlim_cur: libc::RLIM_INFINITY,
         rlim_max: libc::RLIM_INFINITY,

@@ -94,10 +94,7 @@ impl Userfaultfd {
     ///
     /// Fails with `EINVAL` on kernels without `UFFDIO_MOVE`.
     pub(crate) fn open() -> Result<Self> {
-        let address_space = fork::address_space().ok_or_else(|| Error {
-            call: Call::UffdOpen,
-            source: io::Error::from_raw_os_error(libc::ENOSYS),
-        })?;
+        let address_space = fork::address_space()?;
         // A filter may forbid the system call and leave the device, which whoever may open it may use.
         let fd = by_system_call().or_else(|error| by_device().map_err(|_| error))?;
 
@@ -218,7 +215,7 @@ impl Userfaultfd {
 
     /// A forked child must not move its parent's pages.
     fn check_owner(&self, call: Call) -> Result<()> {
-        if fork::address_space() == Some(self.address_space) {
+        if fork::is_here(self.address_space) {
             return Ok(());
         }
         Err(Error {
