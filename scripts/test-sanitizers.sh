@@ -24,6 +24,9 @@ skipped=(
     --skip threads_that_cannot_be_started    # RLIMIT_AS
     --skip what_is_lent_is_the_kernels       # munlock, of which sanitizers make nothing
     --skip a_move_that_fails_leaves_no_hole  # a forked child under a limit
+    --skip one_page_is_measured              # these three: no loop is measured where the environment names one
+    --skip a_measured_loop_comes_with_its_rates
+    --skip a_proven_receipt
 )
 # What has more than one thread to it: the rest would be a slow way of running it.
 threaded=(background check_on_grant concurrent dropped life_cycle revocation shared shared_unfinished windows)
@@ -38,13 +41,15 @@ run() {
         tests+=(--test "$name")
     done
     printf '\n== %s sanitizer: unit tests, %s\n' "$sanitizer" "$*"
-    local command=(cargo +nightly test --locked -Zbuild-std --target "$target" --target-dir "target/sanitizer-$sanitizer"
+    local command=(cargo +nightly test --locked --release -Zbuild-std --target "$target" --target-dir "target/sanitizer-$sanitizer"
         -p vm-scrub -p vm-scrub-tests --features vm-scrub/test-support --lib "${tests[@]}")
     # A sanitizer sees what the compiler has made of Rust, and not what is written in assembly.
     export VM_SCRUB_LOOP=portable VM_SCRUB_VERIFY_LOOP=portable
-    RUSTFLAGS="-Zsanitizer=$sanitizer" timeout --kill-after=10 1200 "${command[@]}" --no-run
-    # Traces of panics that tests cause on purpose take minutes without optimisation.
-    RUSTFLAGS="-Zsanitizer=$sanitizer" RUST_BACKTRACE=0 timeout --kill-after=10 1200 "${command[@]}" --no-fail-fast -- "${skipped[@]}"
+    # Without optimisation, what walks over every fault takes an hour.
+    export RUSTFLAGS="-Zsanitizer=$sanitizer -Cdebug-assertions -Coverflow-checks"
+    timeout --kill-after=10 1200 "${command[@]}" --no-run
+    # Traces of panics that tests cause on purpose are many, and slow.
+    RUST_BACKTRACE=0 timeout --kill-after=10 2400 "${command[@]}" --no-fail-fast -- "${skipped[@]}"
 }
 
 thread() {

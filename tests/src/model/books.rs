@@ -98,7 +98,7 @@ impl Model {
 
     /// Blocks that may be in quarantine without a receipt that says so, yet.
     fn doubtful(&self) -> u64 {
-        let in_hand = self.in_hand.iter().filter(|(_, gone)| gone.may_lose);
+        let in_hand = self.in_hand.iter().filter(|(_, gone)| gone.may_be_lost());
         let in_hand: u64 = in_hand.map(|(_, gone)| gone.blocks).sum();
         self.unsaid + in_hand + self.in_background().1
     }
@@ -123,7 +123,7 @@ impl Model {
             accounts.dirty <= (in_hand + background) * BLOCK_SIZE,
             "{accounts:?}"
         );
-        let certain = self.in_hand.iter().all(|(_, gone)| !gone.may_lose);
+        let certain = self.in_hand.iter().all(|(_, gone)| !gone.may_be_lost());
         if certain {
             assert!(accounts.dirty >= in_hand * BLOCK_SIZE, "{accounts:?}");
             if accounts.dirty == in_hand * BLOCK_SIZE {

@@ -56,6 +56,11 @@ impl Gone {
         }
     }
 
+    /// Whether it may be in quarantine before there is a receipt: what somebody has mapped is as soon as it cannot be sealed.
+    pub(super) fn may_be_lost(&self) -> bool {
+        self.may_lose || self.shared
+    }
+
     /// Checks a receipt; how many blocks are in quarantine by it, without those of shareable leases.
     pub(super) fn check(&self, receipt: &ScrubReceipt, peers: &Peers, met_fault: bool) -> u64 {
         assert_adds_up(receipt);
