@@ -11,7 +11,7 @@ use vm_scrub::{
 };
 use vm_scrub_tests::child::alone;
 use vm_scrub_tests::logs::{heard, listen};
-use vm_scrub_tests::{assert_nothing_dirty_left, fill, pools, regions, teardown};
+use vm_scrub_tests::{assert_nothing_dirty_left, fill, pools, regions, skipped, teardown};
 
 const ALL: [(u64, u64); 1] = [(0, 4 * BLOCK_SIZE)];
 
@@ -139,7 +139,7 @@ fn without_a_pool_one_page_is_measured_and_before_much_work_the_host() {
             listen();
             let done = scrub(64 << 20, &Policy::new());
             if heard(Level::Warn, "not measured beyond") {
-                return println!("SKIPPED measuring the host: it is too busy");
+                return skipped(&"the host is too busy to be measured");
             }
             assert_eq!(done.zero_loop, fastest(&done.calibration));
             assert!(!small(&done.calibration));

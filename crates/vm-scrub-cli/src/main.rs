@@ -22,7 +22,11 @@ fn main() -> ExitCode {
     if let Command::Bench(bench) = &args.command
         && let Err(why) = bench.check()
     {
-        Args::command()
+        let mut command = Args::command();
+        command.build();
+        let bench = command.find_subcommand_mut("bench");
+        bench
+            .expect("it was just parsed")
             .error(ErrorKind::ArgumentConflict, why)
             .exit();
     }

@@ -131,7 +131,7 @@ pub(crate) struct Row {
     pub(crate) warmup_runs: usize,
     /// Whether the memory was warm: further warm-up had stopped making it faster, and the first runs were no slower.
     pub(crate) warm: bool,
-    /// `bytes` by the median time.
+    /// What was [worked on](Labels::worked_on) by the median time.
     pub(crate) gib_per_s: f64,
     /// The rate as a fraction of the best that any contender of this group reached in the same operation.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -148,6 +148,11 @@ pub(crate) struct Row {
 }
 
 impl Labels {
+    /// The bytes for which there is something to do: all, but where a guest has touched only a part.
+    pub(crate) fn worked_on(&self) -> u64 {
+        self.touched_bytes.unwrap_or(self.bytes)
+    }
+
     /// How the memory was taken away, if it was not in the usual way.
     pub(crate) fn unusual_revocation(&self) -> Option<&'static str> {
         // Where vm-scrub has a choice, it takes the way that proves more.

@@ -30,7 +30,8 @@ pub(crate) struct Setup {
     pub(crate) thp: String,
     pub(crate) thp_defrag: String,
     pub(crate) thp_shmem: String,
-    pub(crate) hugetlb_2m_pages: u64,
+    /// Hugetlb pages of 2 MiB that the host had before the benchmarks asked for theirs.
+    pub(crate) hugetlb_2m_before: u64,
     /// Who sets the clock of the first processor.
     pub(crate) governor: String,
     /// How long the library measured its loops, in nanoseconds.
@@ -61,7 +62,7 @@ impl Setup {
             thp: thp("enabled"),
             thp_defrag: thp("defrag"),
             thp_shmem: thp("shmem_enabled"),
-            hugetlb_2m_pages: read("/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages")
+            hugetlb_2m_before: read("/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages")
                 .parse()
                 .unwrap_or(0),
             governor: match read("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor") {

@@ -11,7 +11,7 @@ use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use std::fmt::Display;
 use std::time::Duration;
 use vm_scrub::lease::QuarantineReason;
-use vm_scrub::{Lease, ScrubReceipt};
+use vm_scrub::{Lease, Revocation, ScrubReceipt};
 use vm_scrub_vmm::{Deliveries, Scan};
 
 /// More receipts than a table shows.
@@ -78,9 +78,13 @@ impl Narrator {
 
     pub(crate) fn begin(&self, report: &Report) {
         self.say(format_args!(
-            "A pool of {} in {} pages, for one guest at a time.",
+            "A pool of {} in {} pages, for one {} at a time.",
             bytes(report.memory_bytes),
-            report.page_size
+            report.page_size,
+            match report.guest {
+                GuestKind::Kvm => "KVM guest",
+                GuestKind::Threads => "guest",
+            }
         ));
         if report.guest == GuestKind::Threads {
             self.say("There is no KVM here: guests are threads of this process, and 'its own code' is theirs.");
@@ -145,8 +149,9 @@ impl Narrator {
     pub(crate) fn torn_down(&self, receipt: &ScrubReceipt) {
         let guest = receipt.guest.as_deref().unwrap_or("the guest");
         self.say(format_args!(
-            "{guest} is torn down in {}: {} zeroed, {} of it read back as zero, {} never populated, {} quarantined.",
+            "{guest} is torn down in {}: taken away by {}, {} zeroed, {} of it read back as zero, {} never populated, {} quarantined.",
             millis(receipt.elapsed_ns),
+            way(receipt.revocation),
             bytes(receipt.bytes_scrubbed),
             bytes(receipt.bytes_verified),
             bytes(receipt.bytes_never_populated),
@@ -177,6 +182,17 @@ impl Narrator {
             self.print(conclusion(report));
         }
         self.ensure_somebody_reads()
+    }
+}
+
+/// How a guest's memory was taken away.
+fn way(revocation: Revocation) -> &'static str {
+    match revocation {
+        Revocation::Move => "UFFDIO_MOVE",
+        Revocation::Mremap => "mremap",
+        Revocation::ViewReplaced => "replacing its view",
+        Revocation::Sealed => "sealing its file",
+        _ => "other means",
     }
 }
 

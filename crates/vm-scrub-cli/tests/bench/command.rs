@@ -2,8 +2,10 @@
 
 use serde_json::Value;
 use std::collections::BTreeSet;
+use std::io::{Write, stderr};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
+use std::thread;
 
 /// Arguments that keep it short.
 const SHORT: [&str; 8] = [
@@ -16,6 +18,12 @@ const SHORT: [&str; 8] = [
     "--threads",
     "2",
 ];
+
+/// Says that the calling test leaves something out, past the test harness, which would keep it to itself.
+pub(crate) fn skipped(reason: &str) {
+    let name = thread::current().name().unwrap_or("test").to_owned();
+    let _ = writeln!(stderr(), "\nSKIPPED {name}: {reason}");
+}
 
 fn command(arguments: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_vm-scrub"));

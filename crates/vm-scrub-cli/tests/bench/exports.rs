@@ -1,6 +1,6 @@
 //! What every benchmark together prints and writes, and how the command ends when something is wrong.
 
-use crate::command::{Directory, bench, rows, short, short_with, text, texts};
+use crate::command::{Directory, bench, rows, short, short_with, skipped, text, texts};
 use serde_json::Value;
 use std::path::Path;
 
@@ -210,7 +210,7 @@ fn what_cannot_be_done_ends_with_1() {
         text(&json),
     ]);
     if too_much.status.code() == Some(0) {
-        eprintln!("SKIPPED: this host has eight times 64 GiB");
+        skipped("this host has eight times 64 GiB");
         return;
     }
     assert_eq!(too_much.status.code(), Some(1));

@@ -1,6 +1,6 @@
 //! What `vm-scrub bench --json` prints: programs rely on these names. No figure is looked at.
 
-use crate::command::{rows, short, texts};
+use crate::command::{rows, short, skipped, texts};
 use std::collections::BTreeSet;
 use vm_scrub::arch::{VerifyLoop, ZeroLoop};
 
@@ -138,7 +138,7 @@ fn neighbours_are_beside_every_loop_and_beside_paced_scrubbing() {
         );
     }
     if beside.is_empty() {
-        eprintln!("SKIPPED: this host has one processor");
+        skipped("this host has one processor");
         return;
     }
     let names: BTreeSet<_> = beside

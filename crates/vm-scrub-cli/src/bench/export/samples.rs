@@ -15,7 +15,7 @@ pub(crate) fn row(benchmark: Benchmark, group: &str, labels: Labels, millis: [f6
     Row {
         benchmark,
         group: group.into(),
-        gib_per_s: crate::bench::row::gib_per_s(labels.bytes, summary.median),
+        gib_per_s: crate::bench::row::gib_per_s(labels.worked_on(), summary.median),
         labels,
         median_ns: summary.median,
         q1_ns: summary.q1,

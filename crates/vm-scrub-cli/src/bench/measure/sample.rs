@@ -82,7 +82,7 @@ impl Sample {
             iterations: self.iterations,
             warmup_runs: self.warmup.len(),
             warm: true,
-            gib_per_s: gib_per_s(labels.bytes, summary.median),
+            gib_per_s: gib_per_s(labels.worked_on(), summary.median),
             of_ceiling: None,
             of_asked: None,
             comparison: None,

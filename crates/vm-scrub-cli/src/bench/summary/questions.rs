@@ -116,20 +116,31 @@ fn turnaround(rows: &[Row]) -> Vec<Answer> {
     .collect()
 }
 
-/// Leases of which a little was touched, and an embedder's mappings of which a little is dirty. Where parts are in percent there
-/// are plots.
+/// How much of a lease was touched in the case that stands for all that are plotted, in percent.
+const PLOTTED: f64 = 1.0;
+
+/// Leases of which a little was touched, and an embedder's mappings of which a little is dirty. Of the parts in percent, for which
+/// there are plots, one.
 fn sparse(rows: &[Row]) -> Vec<Answer> {
     let touched = |row: &Row| units::size(row.labels.touched_bytes.unwrap_or(0));
     let pattern = |row: &Row| row.labels.pattern.map_or("", Pattern::name);
     let all = |row: &Row| units::size(row.labels.bytes);
-    let cases = rows
-        .iter()
-        .filter(|row| row.labels.touched_percent.is_none());
-    cases
+    rows.iter()
         .filter_map(|row| {
             let (all, touched, pages) = (all(row), touched(row), pages(row));
             let pattern = pattern(row);
-            match row.labels.name.as_str() {
+            let name = row.labels.name.as_str();
+            match row.labels.touched_percent {
+                Some(PLOTTED) if name == "lease-teardown" => {
+                    let question = format!(
+                        "teardown, {all} of {pages}, {touched} touched, {pattern}: time against MADV_DONTNEED and touching again"
+                    );
+                    return Answer::time(question, row, baseline(rows, row)?);
+                }
+                Some(_) => return None,
+                None => {}
+            }
+            match name {
                 "large-lease" | "large-lease-scattered" => {
                     let small = baseline(rows, row)?;
                     let question = format!(

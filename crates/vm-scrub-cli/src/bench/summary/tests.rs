@@ -234,6 +234,31 @@ fn a_mapping_is_asked_about_where_what_is_dirty_was_given_in_bytes() {
 }
 
 #[test]
+fn of_the_leases_that_are_plotted_one_part_is_asked_about() {
+    let lease = |name, percent, ms| {
+        let mut row = touched(name, 1 << 30, Pattern::Scattered, "dontneed-touch", ms);
+        row.labels.touched_percent = Some(percent);
+        row
+    };
+    let of = |percent| {
+        answers(vec![
+            lease("lease-teardown", percent, 40.0),
+            lease("lease-turnaround", percent, 50.0),
+            lease("dontneed-touch", percent, 8.0),
+        ])
+    };
+    assert_eq!(of(25.0), []);
+    let [answer] = &of(1.0)[..] else {
+        panic!("one answer");
+    };
+    assert_eq!((answer.of, answer.ratio), (Quantity::Time, 5.0));
+    assert_eq!(
+        answer.question,
+        "teardown, 1 GiB of THP, 256 MiB touched, scattered: time against MADV_DONTNEED and touching again"
+    );
+}
+
+#[test]
 fn a_rate_is_compared_with_the_one_that_was_asked_for() {
     let labels = Labels {
         bytes: 2 << 30,

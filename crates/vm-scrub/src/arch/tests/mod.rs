@@ -13,13 +13,11 @@ mod guarded;
 mod handles;
 mod visible;
 
-use std::io::Write;
-
-/// Says on the terminal, past the capture of the test harness, that a loop was not tested.
+/// Says that a loop was not tested.
 fn skipped(name: &str) {
-    let line = format!("\n*** SKIPPED: the loop `{name}` is not available on this processor ***\n");
-    // Nothing can be done about a closed standard error.
-    let _ = std::io::stderr().write_all(line.as_bytes());
+    crate::test_support::skipped(format_args!(
+        "the loop `{name}` is not available on this processor"
+    ));
 }
 
 macro_rules! zero_tests {

@@ -1,6 +1,7 @@
 //! What is chosen after which measurements.
 
 use super::*;
+use crate::test_support::skipped;
 
 #[test]
 fn what_was_measured_on_is_unmapped() {
@@ -14,7 +15,7 @@ fn two_readers() -> Option<[VerifyLoop; 2]> {
     let mut readers = VerifyLoop::available();
     let two = readers.next().zip(readers.next());
     if two.is_none() {
-        eprintln!("SKIPPED: this processor has one verification loop only");
+        skipped("this processor has one verification loop only");
     }
     two.map(|(a, b)| [a, b])
 }
@@ -23,7 +24,7 @@ fn two_zero_loops() -> Option<[ZeroLoop; 2]> {
     let mut loops = ZeroLoop::available();
     let two = loops.next().zip(loops.next());
     if two.is_none() {
-        eprintln!("SKIPPED: this processor has one zeroing loop only");
+        skipped("this processor has one zeroing loop only");
     }
     two.map(|(a, b)| [a, b])
 }
@@ -48,10 +49,10 @@ fn the_cheapest_loop_of_the_nearest_size_is_chosen() {
     let mut loops = ZeroLoop::available();
     let mut readers = VerifyLoop::available();
     let (Some(a), Some(b)) = (loops.next(), loops.next()) else {
-        return eprintln!("SKIPPED: this processor has one zeroing loop only");
+        return skipped("this processor has one zeroing loop only");
     };
     let (Some(narrow), Some(wide)) = (readers.next(), readers.next()) else {
-        return eprintln!("SKIPPED: this processor has one verification loop only");
+        return skipped("this processor has one verification loop only");
     };
     let calibration = of(vec![
         measured(Loops::Zero(a), IN_CACHE[0], 1.0),
@@ -207,7 +208,7 @@ fn what_was_tried_and_is_far_behind_gets_one_more_short_turn_at_most() {
     let zero = ZeroLoop::best_guess();
     let reader = VerifyLoop::portable();
     let Some(other) = VerifyLoop::available().find(|other| *other != reader) else {
-        return eprintln!("SKIPPED: this processor has one verification loop only");
+        return skipped("this processor has one verification loop only");
     };
     let calibration = of(vec![
         measured(Loops::Verify(reader), SMALLEST, 1e-10),
@@ -260,7 +261,7 @@ fn this_host_is_measured_once() {
     assert!(std::ptr::eq(first, calibration()));
     assert!(std::ptr::eq(first, calibration_for(1)));
     if CALIBRATION.get().is_none() {
-        eprintln!("SKIPPED: this machine is too busy to be measured");
+        skipped("this machine is too busy to be measured");
         assert!(std::ptr::eq(first, quick_calibration()));
     }
     assert!(first.rates().all(|rate| rate.bytes_per_second > 0));

@@ -21,7 +21,8 @@ pub(super) fn about(benchmark: Benchmark) -> &'static str {
         }
         Benchmark::Turnaround => {
             "From memory of which a guest has written every byte to the next guest's memory: zero, resident and in the page \
-             tables. Only vm-scrub also takes the memory away from the old guest and reads every byte back."
+             tables. Only vm-scrub reads every byte back (where it says verified), and only it takes the memory away from whoever \
+             still has its addresses without giving it to the kernel."
         }
         Benchmark::Sparse => {
             "Memory of which a guest touched only a part. A lease is torn down (and leased again); the others clean an \
