@@ -43,6 +43,28 @@ pub fn free_huge_pages(node: u32) -> u64 {
         .unwrap_or(0)
 }
 
+/// Has the kernel take memory for `[start, start + len)` from `node` first, by `mbind(2)`: a mapping of its own, which nothing undoes.
+///
+/// # Safety
+/// The range must be mapped, and the caller's.
+pub unsafe fn prefer(node: u32, start: *mut u8, len: usize) {
+    let mut nodes = [0_u64; 16];
+    nodes[node as usize / 64] |= 1 << (node % 64);
+    // SAFETY: the caller owns the range; the mask is live, and 1024 bits are as many as it has.
+    let status = unsafe {
+        libc::syscall(
+            libc::SYS_mbind,
+            start,
+            len,
+            libc::MPOL_PREFERRED,
+            nodes.as_ptr(),
+            1024 as libc::c_ulong,
+            0,
+        )
+    };
+    assert_eq!(status, 0, "{}", std::io::Error::last_os_error());
+}
+
 /// The mode and the nodes of the memory policy at `address`, by `get_mempolicy(2)`.
 pub fn policy(address: usize) -> (libc::c_int, BTreeSet<u32>) {
     /// `MPOL_F_ADDR` of `linux/mempolicy.h`.

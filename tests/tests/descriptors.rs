@@ -30,13 +30,67 @@ fn a_guest_goes(page_size: PageSize, by: RevokeBy) -> ! {
     assert_eq!(receipt.bytes_quarantined, 2 * BLOCK_SIZE, "{receipt:?}");
     let lost = &receipt.quarantined[0];
     assert_eq!(lost.reason, QuarantineReason::ResidencyUnknown);
-    assert!(lost.detail.contains("no pagemap any more"), "{lost:?}");
+    assert!(
+        lost.detail
+            .contains("something in this process has closed it"),
+        "{lost:?}"
+    );
     let rest = pool.lease(&regions(&[(0, 2 * BLOCK_SIZE)])).unwrap();
     assert_all_zero(&rest);
     assert_eq!(pool.accounts().clean, 0);
     drop(pool.lease(&regions(&[(0, BLOCK_SIZE)])).unwrap_err());
     std::mem::forget((rest, files));
     done()
+}
+
+/// The worst that can have the number: a pagemap, in which nothing is populated where the guest's memory is.
+#[test]
+fn the_pagemap_of_another_process_is_not_asked_instead() {
+    alone(
+        "the_pagemap_of_another_process_is_not_asked_instead",
+        || {
+            let pools = [RevokeBy::Automatic, RevokeBy::Mremap].map(|by| {
+                let pool = builder(PageSize::Base4K, 2).revoke_by(by).build().unwrap();
+                let lease = pool.lease(&regions(&[(0, 2 * BLOCK_SIZE)])).unwrap();
+                vm_scrub_tests::fill(&lease, 0x5e);
+                (pool, lease)
+            });
+            let mut memory = vec![0xa5_u8; 64 << 20];
+            let mut scrub = || {
+                memory.fill(0xa5);
+                // SAFETY: the memory is this test's own.
+                let done = unsafe { scrub_raw(memory.as_mut_ptr(), memory.len(), &Policy::new()) }
+                    .unwrap();
+                (
+                    done.bytes_never_populated,
+                    memory.iter().all(|byte| *byte == 0),
+                )
+            };
+            assert_eq!(scrub(), (0, true));
+            let mut other = std::process::Command::new("sleep")
+                .arg("60")
+                .spawn()
+                .unwrap();
+            let pagemap = format!("/proc/{}/pagemap", other.id());
+            // SAFETY: as in `close_what_is_unknown`.
+            assert_eq!(
+                unsafe { libc::syscall(libc::SYS_close_range, 3, libc::c_uint::MAX, 0) },
+                0
+            );
+            let files: Vec<_> = (0..16).map(|_| File::open(&pagemap).unwrap()).collect();
+            for (pool, lease) in pools {
+                let receipt = teardown(lease);
+                assert_eq!(receipt.bytes_quarantined, 2 * BLOCK_SIZE, "{receipt:?}");
+                assert_eq!(pool.accounts().clean, 0);
+                std::mem::forget(pool);
+            }
+            assert_eq!(scrub(), (0, true));
+            other.kill().unwrap();
+            other.wait().unwrap();
+            std::mem::forget(files);
+            done();
+        },
+    );
 }
 
 #[test]

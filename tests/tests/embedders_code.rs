@@ -1,15 +1,21 @@
 //! Code of the embedder's that runs in the middle of the library's, and fails there: dirty bitmaps, callbacks, threads of its own
 //! thread pool.
 
+use log::{LevelFilter, Log, Metadata, Record};
 use std::panic::{AssertUnwindSafe, catch_unwind, panic_any};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, mpsc};
-use std::time::Duration;
+use std::sync::{Arc, Mutex, PoisonError, mpsc};
+use std::time::{Duration, Instant};
 use vm_memory::bitmap::{BS, Bitmap, WithBitmapSlice};
 use vm_memory::{Bytes, MemoryRegionAddress};
 use vm_scrub::lease::Ticket;
-use vm_scrub::{BLOCK_SIZE, LeaseOptions, PageSize, ScrubRate};
+use vm_scrub::test_support::{Call, inject};
+use vm_scrub::{
+    BLOCK_SIZE, Lease, LeaseOptions, PageSize, Policy, RevokeBy, ScrubRate, ScrubReceipt,
+    TeardownError,
+};
 use vm_scrub_tests::child::{alone, end_of};
+use vm_scrub_tests::maps::is_readable;
 use vm_scrub_tests::peer::{self, Peer};
 use vm_scrub_tests::{fill, pools, quiesce, regions};
 
@@ -227,4 +233,134 @@ fn a_thread_of_the_embedders_pool_does_not_wait_for_itself() {
             panic!("they wait for each other");
         },
     );
+}
+
+/// Panics at the first line with this text, and says nothing.
+struct Panicking(Mutex<Option<&'static str>>);
+
+static LOGGER: Panicking = Panicking(Mutex::new(None));
+
+impl Log for Panicking {
+    fn enabled(&self, _: &Metadata<'_>) -> bool {
+        true
+    }
+
+    fn log(&self, record: &Record<'_>) {
+        let said = record.args().to_string();
+        let mut at = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if at.is_some_and(|at| said.contains(at)) {
+            *at = None;
+            drop(at);
+            panic!("on purpose, at: {said}");
+        }
+    }
+
+    fn flush(&self) {}
+}
+
+/// In a process of its own: there is one logger for all of a process.
+fn with_a_logger_that_panics(test: &str, at: &'static str, body: impl FnOnce()) {
+    alone(test, || {
+        log::set_logger(&LOGGER).unwrap();
+        log::set_max_level(LevelFilter::Trace);
+        *LOGGER.0.lock().unwrap() = Some(at);
+        body();
+        assert_eq!(*LOGGER.0.lock().unwrap(), None, "that was not said");
+    });
+}
+
+fn torn_down(lease: Lease) -> std::thread::Result<Result<ScrubReceipt, TeardownError>> {
+    let quiesced = quiesce(&lease);
+    catch_unwind(AssertUnwindSafe(|| lease.teardown(quiesced)))
+}
+
+#[test]
+fn a_logger_that_panics_once_does_so_once() {
+    let test = "a_logger_that_panics_once_does_so_once";
+    with_a_logger_that_panics(test, "populating page by page", || {
+        let policy = Policy::new().probe(true);
+        let builder = pools::builder(PageSize::Base4K, 2).threads(1);
+        let pool = builder.policy(policy).build().unwrap();
+        let _older_kernel = inject(Call::Populate, 0, u32::MAX, libc::EINVAL);
+        let lease = || {
+            let lease = pool.lease(&regions(&[(0, BLOCK_SIZE)])).unwrap();
+            fill(&lease, 1);
+            lease
+        };
+        torn_down(lease()).unwrap_err();
+        assert_eq!(pool.accounts().quarantined, BLOCK_SIZE);
+        assert!(torn_down(lease()).unwrap().unwrap().is_proven());
+        assert_eq!(pool.accounts().quarantined, BLOCK_SIZE);
+    });
+}
+
+/// Memory that was not revoked may still be in use: its window stays, also if the teardown ends there.
+#[test]
+fn a_logger_that_panics_unmaps_nothing_that_was_not_revoked() {
+    let test = "a_logger_that_panics_unmaps_nothing_that_was_not_revoked";
+    with_a_logger_that_panics(test, "not revoked and quarantined", || {
+        let builder = pools::builder(PageSize::Base4K, 4).threads(1);
+        let pool = builder
+            .revoke_by(RevokeBy::Mremap)
+            .kept_windows(0)
+            .build()
+            .unwrap();
+        let layout = regions(&[(0, 2 * BLOCK_SIZE), (1 << 30, 2 * BLOCK_SIZE)]);
+        let lease = pool.lease(&layout).unwrap();
+        fill(&lease, 1);
+        let windows: Vec<_> = lease.host_addresses();
+        let _fault = inject(Call::Mremap, 0, u32::MAX, libc::ENOMEM);
+        torn_down(lease).unwrap_err();
+        assert_eq!(pool.accounts().quarantined, 4 * BLOCK_SIZE);
+        for (_, start) in windows {
+            assert!(is_readable(start.addr()));
+        }
+    });
+}
+
+#[test]
+fn a_logger_that_panics_loses_nothing_that_is_withheld() {
+    let test = "a_logger_that_panics_loses_nothing_that_is_withheld";
+    with_a_logger_that_panics(test, "to be tried again", || {
+        let pool = pools::builder(PageSize::Base4K, 2)
+            .threads(1)
+            .build()
+            .unwrap();
+        let shareable = LeaseOptions::new().shareable(true);
+        let lease = pool
+            .lease_with(&regions(&[(0, BLOCK_SIZE)]), shareable)
+            .unwrap();
+        fill(&lease, 1);
+        let mut peer = Peer::with(&lease.file_offsets()[0].1.arc().clone());
+        peer.map();
+        torn_down(lease).unwrap_err();
+        assert_eq!(pool.withheld().len(), 1);
+        drop(peer);
+        let begun = Instant::now();
+        while pool.accounts().clean < pool.capacity() {
+            assert!(
+                begun.elapsed() < Duration::from_secs(20),
+                "{:?}",
+                pool.withheld()
+            );
+            pool.reclaim();
+        }
+    });
+}
+
+#[test]
+fn a_logger_that_panics_changes_nothing_of_what_a_ticket_says() {
+    let test = "a_logger_that_panics_changes_nothing_of_what_a_ticket_says";
+    with_a_logger_that_panics(test, "scrubbed in the background", || {
+        let pool = pools::builder(PageSize::Base4K, 2)
+            .threads(1)
+            .build()
+            .unwrap();
+        let lease = pool.lease(&regions(&[(0, BLOCK_SIZE)])).unwrap();
+        fill(&lease, 1);
+        let quiesced = quiesce(&lease);
+        let ticket = lease.retire(quiesced).unwrap();
+        assert!(ticket.wait().unwrap().is_proven());
+        assert_eq!(pool.accounts().clean, pool.capacity());
+    });
 }

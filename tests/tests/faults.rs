@@ -40,6 +40,7 @@ fn a_pool_is_built(page_size: PageSize) {
                 Call::UffdOpen,
                 Call::UffdApi,
                 Call::UffdRegister,
+                Call::Fstat,
                 Call::PagemapOpen,
                 Call::PagemapScan,
             ]);
@@ -105,7 +106,7 @@ fn a_guest_is_leased(page_size: PageSize) {
             ],
             (PageSize::Huge2M, false) => &[Call::Fstat, Call::Mmap, Call::Mprotect, Call::Madvise],
             // The window is cut from what was reserved for the neighbour.
-            _ => &[Call::Getrlimit, Call::Mremap],
+            _ => &[Call::Getrlimit, Call::Munlock, Call::Mremap],
         };
         walk::a_guest_is_leased(calls, || builder(page_size).populate(populate));
     }

@@ -6,8 +6,8 @@ use vm_scrub::{BLOCK_SIZE, PageSize, Pool, RevokeBy};
 use vm_scrub_tests::child::with_huge_pages;
 use vm_scrub_tests::maps::is_readable;
 use vm_scrub_tests::{
-    assert_all_zero, assert_nothing_dirty_left, fill, on_small_page_sizes, pools, quiesce, regions,
-    smear, teardown,
+    assert_all_zero, assert_nothing_dirty_left, fill, numa, on_small_page_sizes, pools, quiesce,
+    regions, smear, teardown,
 };
 
 on_small_page_sizes!(a_range_that_moves_in_pieces_moves_as_a_whole_or_not);
@@ -19,8 +19,8 @@ fn one_thread(page_size: PageSize, blocks: u64) -> Pool {
         .unwrap()
 }
 
-/// Leaves borders in the pool's memory, as a VMM does that advises or binds parts of its guest's memory differently.
-fn with_borders(page_size: PageSize) -> Pool {
+/// Leaves borders in the pool's memory, as a VMM does that binds parts of its guest's memory differently.
+fn with_borders(page_size: PageSize, node: u32) -> Pool {
     // Pages that are moved one by one leave no borders behind.
     let builder = pools::builder(page_size, 4).revoke_by(RevokeBy::Mremap);
     let pool = builder.threads(1).build().unwrap();
@@ -28,16 +28,19 @@ fn with_borders(page_size: PageSize) -> Pool {
     smear(&lease, 1);
     let (_, start) = lease.host_addresses().remove(0);
     for block in [1, 2] {
-        let advised = start.wrapping_add(block * BLOCK_SIZE as usize + 4096);
-        // SAFETY: the range lies in the lease's window; the advice is about reading ahead and changes no byte.
-        let status = unsafe { libc::madvise(advised.cast(), 8192, libc::MADV_SEQUENTIAL) };
-        assert_eq!(status, 0);
+        let bound = start.wrapping_add(block * BLOCK_SIZE as usize + 4096);
+        // SAFETY: the range lies in the lease's window.
+        unsafe { numa::prefer(node, bound, 8192) };
     }
     assert!(teardown(lease).is_proven());
     pool
 }
 
 fn a_range_that_moves_in_pieces_moves_as_a_whole_or_not(page_size: PageSize) {
+    let Some(node) = numa::node() else {
+        return;
+    };
+    let with_borders = |page_size| with_borders(page_size, node);
     let whole = regions(&[(0, 4 * BLOCK_SIZE)]);
     let pool = with_borders(page_size);
     let lease = pool.lease(&whole).unwrap();

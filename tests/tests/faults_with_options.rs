@@ -43,7 +43,9 @@ fn a_guest_is_leased_from_checked_memory(page_size: PageSize) {
         ],
         _ => &[
             Call::Getrlimit,
+            Call::Munlock,
             Call::Mremap,
+            Call::Fstat,
             Call::PagemapOpen,
             Call::PagemapScan,
             Call::PagemapRead,

@@ -1,9 +1,14 @@
 //! A forked child has an address space of its own, and what the parent has found out about its own does not hold there.
 
+use std::os::fd::AsRawFd;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
-use vm_scrub::lease::{Refusal, Ticket};
-use vm_scrub::{BLOCK_SIZE, LeaseError, PageSize, Policy, TeardownError, scrub_raw};
+use vm_scrub::lease::{Cancelled, Refusal, Ticket};
+use vm_scrub::test_support::arena_address;
+use vm_scrub::{
+    BLOCK_SIZE, LeaseError, LeaseOptions, PageSize, Policy, Priority, ScrubRate, TeardownError,
+    scrub_raw,
+};
 use vm_scrub_tests::{
     assert_nothing_dirty_left, fill, first_nonzero, on_every_page_size, pools, quiesce, regions,
     skipped, teardown,
@@ -123,6 +128,160 @@ fn a_child_neither_uses_nor_ends_its_parents_pool(page_size: PageSize) {
     for lease in [kept, refused, retired] {
         assert_eq!(first_nonzero(&lease), Some(0), "the guest's bytes");
         assert!(teardown(lease).is_proven());
+    }
+    assert_nothing_dirty_left(&pool);
+}
+
+/// Runs `child` in a forked child, whose answer says whether all was well.
+fn in_a_child(child: impl FnOnce() -> bool) {
+    // SAFETY: the child calls nothing that needs another thread, or it is the end of it.
+    let number = unsafe { libc::fork() };
+    assert!(number >= 0);
+    if number == 0 {
+        // SAFETY: ends this process, if it should wait.
+        unsafe { libc::alarm(20) };
+        exit(child());
+    }
+    assert_eq!(status(i64::from(number)), 0);
+}
+
+fn is_forked<T>(result: &Result<T, TeardownError>) -> bool {
+    matches!(result, Err(TeardownError::Forked { .. }))
+}
+
+/// Where the pool's memory is in the parent, a child may have memory of its own.
+#[test]
+fn a_child_does_nothing_to_memory_on_its_way_back() {
+    let pool = pools::builder(PageSize::Base4K, 3)
+        .threads(1)
+        .build()
+        .unwrap();
+    let arena = arena_address(&pool);
+    let dirty = |shareable| {
+        let options = LeaseOptions::new().shareable(shareable);
+        let lease = pool
+            .lease_with(&regions(&[(0, BLOCK_SIZE)]), options)
+            .unwrap();
+        fill(&lease, 0x5e);
+        let quiesced = quiesce(&lease);
+        lease.revoke(quiesced).unwrap()
+    };
+    let (at_once, in_steps, shared) = (dirty(false), dirty(false).scrub(), dirty(true));
+    let mut kept = Some((at_once, in_steps, shared));
+    in_a_child(|| {
+        let (at_once, in_steps, shared) = kept.take().unwrap();
+        let len = pool.capacity() as usize;
+        // SAFETY: nothing of the pool's is there, in this process.
+        let own = unsafe {
+            let protection = libc::PROT_READ | libc::PROT_WRITE;
+            let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED_NOREPLACE;
+            libc::mmap(arena.cast(), len, protection, flags, -1, 0)
+        };
+        if own != arena.cast() {
+            return false;
+        }
+        // SAFETY: mapped just now.
+        unsafe { arena.write_bytes(0x77, len) };
+        let refused = [
+            at_once.scrub_and_verify().recycle(),
+            in_steps.verify().recycle(),
+            shared.scrub_and_verify().recycle(),
+        ];
+        // SAFETY: as above.
+        let untouched = (0..len).all(|at| unsafe { arena.add(at).read_volatile() } == 0x77);
+        untouched && refused.iter().all(is_forked)
+    });
+    let (at_once, in_steps, shared) = kept.unwrap();
+    assert!(at_once.scrub_and_verify().recycle().unwrap().is_proven());
+    assert!(in_steps.verify().recycle().unwrap().is_proven());
+    assert!(shared.scrub_and_verify().recycle().unwrap().is_proven());
+    assert_nothing_dirty_left(&pool);
+}
+
+#[test]
+fn a_childs_tickets_are_refused() {
+    // So slow that it is not finished before the fork.
+    let rate = ScrubRate {
+        bytes_per_second: 1,
+        burst: 0,
+    };
+    let pool = pools::builder(PageSize::Base4K, 4)
+        .threads(1)
+        .scrub_rate(rate)
+        .build()
+        .unwrap();
+    let mut tickets: Vec<Ticket> = (0..4)
+        .map(|_| {
+            let lease = pool.lease(&regions(&[(0, BLOCK_SIZE)])).unwrap();
+            fill(&lease, 0x5e);
+            let quiesced = quiesce(&lease);
+            lease.retire(quiesced).unwrap()
+        })
+        .collect();
+    in_a_child(|| {
+        let mut next = || tickets.pop().unwrap();
+        let (waited, watched, cancelled, looked_at) = (next(), next(), next(), next());
+        looked_at.set_priority(Priority::High);
+        let finished = looked_at.is_finished();
+        let cancelled = match cancelled.cancel() {
+            Cancelled::Finished(outcome) => is_forked(&outcome),
+            Cancelled::Dirty(_) => false,
+        };
+        finished
+            && cancelled
+            && is_forked(&waited.wait())
+            && is_forked(&watched.wait_in_background())
+    });
+    for ticket in tickets {
+        assert!(!ticket.is_finished());
+        assert!(ticket.wait().unwrap().is_proven());
+    }
+    assert_nothing_dirty_left(&pool);
+}
+
+#[test]
+fn a_child_seals_nothing_that_its_parent_withholds() {
+    let pool = pools::builder(PageSize::Base4K, 2)
+        .threads(1)
+        .build()
+        .unwrap();
+    let options = LeaseOptions::new().shareable(true);
+    let lease = pool
+        .lease_with(&regions(&[(0, BLOCK_SIZE)]), options)
+        .unwrap();
+    fill(&lease, 0x5e);
+    let file = lease.file_offsets()[0].1.arc().try_clone().unwrap();
+    // SAFETY: a mapping at a place of the kernel's choice.
+    let peer = unsafe {
+        let protection = libc::PROT_READ | libc::PROT_WRITE;
+        libc::mmap(
+            std::ptr::null_mut(),
+            4096,
+            protection,
+            libc::MAP_SHARED,
+            file.as_raw_fd(),
+            0,
+        )
+    };
+    assert_ne!(peer, libc::MAP_FAILED);
+    assert_eq!(teardown(lease).bytes_quarantined, BLOCK_SIZE);
+    let seals = || {
+        // SAFETY: asks for a number.
+        unsafe { libc::fcntl(file.as_raw_fd(), libc::F_GET_SEALS) }
+    };
+    let before = seals();
+    in_a_child(|| pool.reclaim() == 0 && seals() == before);
+    // SAFETY: mapped above, and not used.
+    unsafe { libc::munmap(peer, 4096) };
+    // The background may be at it as well.
+    let begun = Instant::now();
+    while pool.accounts().quarantined > 0 {
+        assert!(
+            begun.elapsed() < Duration::from_secs(20),
+            "{:?}",
+            pool.withheld()
+        );
+        pool.reclaim();
     }
     assert_nothing_dirty_left(&pool);
 }

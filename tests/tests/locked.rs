@@ -1,13 +1,14 @@
 //! A VMM that locks its memory (`mlockall`): the kernel treats locked mappings differently when they move and when they are
 //! to be discarded, and neither may keep a guest from being leased and scrubbed.
 //!
-//! The lock is the process's, so each test runs in a child. That memory stays locked on its way round the pool is not tested:
-//! it does not, `MREMAP_DONTUNMAP` takes the lock off.
+//! The lock is the process's, so each test runs in a child. Memory does not stay locked on its way round the pool, and is not counted
+//! as if it did.
 
-use vm_scrub::{BLOCK_SIZE, PageSize};
+use vm_scrub::{BLOCK_SIZE, PageSize, RevokeBy};
 use vm_scrub_tests::child::{alone, with_huge_pages};
 use vm_scrub_tests::{
-    assert_all_zero, assert_nothing_dirty_left, fill, pool, regions, skipped, teardown,
+    assert_all_zero, assert_nothing_dirty_left, fill, limits, pool, pools, regions, skipped,
+    teardown,
 };
 
 fn locked(page_size: PageSize) {
@@ -37,6 +38,79 @@ fn locked(page_size: PageSize) {
         assert_eq!(receipt.bytes_scrubbed, receipt.bytes_total);
     }
     assert_nothing_dirty_left(&pool);
+}
+
+/// Each guest's memory is locked by the VMM. When the pool has it back, it counts for nobody.
+fn each_guest_is_locked(page_size: PageSize) {
+    for by in [RevokeBy::Automatic, RevokeBy::Mremap] {
+        let pool = pools::builder(page_size, 4).revoke_by(by).build().unwrap();
+        let before = limits::locked();
+        for _ in 0..4 {
+            let lease = pool.lease(&regions(&[(0, 4 * BLOCK_SIZE)])).unwrap();
+            fill(&lease, 1);
+            for (region, start) in lease.host_addresses() {
+                // SAFETY: the lease's memory.
+                let status = unsafe { libc::mlock(start.cast(), region.bytes as usize) };
+                if status != 0 {
+                    let error = std::io::Error::last_os_error();
+                    skipped(&format!("this process may not lock its memory: {error}"));
+                    return;
+                }
+            }
+            assert!(limits::locked() > before);
+            let receipt = teardown(lease);
+            assert!(receipt.is_proven());
+            assert_eq!(receipt.revocation, pool.revocation());
+            assert_eq!(limits::locked(), before);
+        }
+    }
+}
+
+/// All that the process had when the pool had been built.
+fn all_is_locked_later(page_size: PageSize) {
+    let pool = pools::builder(page_size, 4)
+        .kept_windows(0)
+        .build()
+        .unwrap();
+    // SAFETY: a system call without pointers.
+    if unsafe { libc::mlockall(libc::MCL_CURRENT) } != 0 {
+        let error = std::io::Error::last_os_error();
+        skipped(&format!("this process may not lock its memory: {error}"));
+        return;
+    }
+    let mut most = limits::locked();
+    for _ in 0..4 {
+        let lease = pool.lease(&regions(&[(0, 4 * BLOCK_SIZE)])).unwrap();
+        fill(&lease, 1);
+        assert!(teardown(lease).is_proven());
+        // The pool's memory was locked and is not any more.
+        assert!(limits::locked() <= most, "{} of {most}", limits::locked());
+        most = limits::locked();
+    }
+}
+
+#[test]
+fn guests_base_4k() {
+    alone("guests_base_4k", || each_guest_is_locked(PageSize::Base4K));
+}
+
+#[test]
+fn guests_transparent() {
+    alone("guests_transparent", || {
+        each_guest_is_locked(PageSize::Transparent)
+    });
+}
+
+#[test]
+fn later_base_4k() {
+    alone("later_base_4k", || all_is_locked_later(PageSize::Base4K));
+}
+
+#[test]
+fn later_transparent() {
+    alone("later_transparent", || {
+        all_is_locked_later(PageSize::Transparent)
+    });
 }
 
 #[test]

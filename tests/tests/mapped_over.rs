@@ -9,13 +9,14 @@ use vm_scrub::{BLOCK_SIZE, Lease, PageSize, ScrubReceipt};
 use vm_scrub_tests::maps::is_readable;
 use vm_scrub_tests::{
     assert_all_zero, assert_nothing_dirty_left, fill, on_every_page_size, pool, quiesce, regions,
-    teardown,
+    skipped, teardown,
 };
 
 on_every_page_size!(
     a_snapshot_restored_by_mapping_it: 8,
     memory_shared_with_somebody: 8,
     anonymous_memory_of_the_vmm_s_own: 8,
+    memory_that_the_kernel_may_drop: 8,
     nothing: 8,
 );
 
@@ -98,6 +99,26 @@ fn a_snapshot_restored_by_mapping_it(page_size: PageSize) {
     let receipt = torn_down(page_size, |lease| {
         map_over(lease, libc::MAP_PRIVATE, Some(&file));
         vm_scrub_tests::guest::fill_range(&lease.memory(), 3 * BLOCK_SIZE, 4096, 2);
+    });
+    assert_kept_out(page_size, &receipt);
+}
+
+/// What the next guest writes there could be zero again at any time.
+fn memory_that_the_kernel_may_drop(page_size: PageSize) {
+    /// `MAP_DROPPABLE` of `linux/mman.h`, Linux 6.11; without it the flags name no kind of mapping.
+    const MAP_DROPPABLE: libc::c_int = 0x08;
+    // SAFETY: a mapping at a place of the kernel's choice.
+    let probe = unsafe {
+        let flags = MAP_DROPPABLE | libc::MAP_ANONYMOUS;
+        libc::mmap(std::ptr::null_mut(), BLOCK, libc::PROT_READ, flags, -1, 0)
+    };
+    if probe == libc::MAP_FAILED {
+        skipped(&"this kernel has no memory that it may drop");
+        return;
+    }
+    let receipt = torn_down(page_size, |lease| {
+        map_over(lease, MAP_DROPPABLE | libc::MAP_ANONYMOUS, None);
+        fill(lease, 2);
     });
     assert_kept_out(page_size, &receipt);
 }

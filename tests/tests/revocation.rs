@@ -263,9 +263,14 @@ fn pages_that_were_only_read(page_size: PageSize) {
 }
 
 fn advice_about_parts_of_a_guest(page_size: PageSize) {
-    let Some(pool) = moving(page_size, 4) else {
-        return;
-    };
+    let by_mremap = pools::builder(page_size, 4).revoke_by(RevokeBy::Mremap);
+    let by_mremap = by_mremap.build().unwrap();
+    for pool in moving(page_size, 4).into_iter().chain([by_mremap]) {
+        a_part_is_advised_about(&pool);
+    }
+}
+
+fn a_part_is_advised_about(pool: &Pool) {
     let lease = pool.lease(&regions(&[(0, 4 * BLOCK_SIZE)])).unwrap();
     fill(&lease, 1);
     let start = lease.host_addresses().remove(0).1;
@@ -276,9 +281,15 @@ fn advice_about_parts_of_a_guest(page_size: PageSize) {
     assert_eq!(status, 0);
     let receipt = teardown(lease);
     assert!(receipt.is_proven());
-    assert_eq!(receipt.revocation, Revocation::Move);
+    assert_eq!(receipt.revocation, pool.revocation());
     assert_eq!(receipt.bytes_scrubbed, 4 * BLOCK_SIZE);
-    assert_nothing_dirty_left(&pool);
+    // The next guest is not advised about.
+    let next = pool.lease(&regions(&[(0, 4 * BLOCK_SIZE)])).unwrap();
+    let start = next.host_addresses().remove(0).1.addr();
+    let mut there = mappings(start..start + 4 * BLOCK_SIZE as usize).into_iter();
+    assert!(there.all(|mapping| !mapping.has("sr")));
+    assert!(teardown(next).is_proven());
+    assert_nothing_dirty_left(pool);
 }
 
 fn sparse_guests(page_size: PageSize) {

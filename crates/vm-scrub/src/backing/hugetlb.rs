@@ -12,8 +12,9 @@ use super::{
     map_shared,
 };
 use crate::scrub::{HostPtr, Residency};
+use crate::sys::identity::Identity;
 use crate::sys::map::Advice;
-use crate::sys::memfd::{self, Identity, Pages};
+use crate::sys::memfd::{self, Pages};
 use crate::sys::{self, hugetlb, map, numa};
 use std::fs::File;
 use std::ops::Range;

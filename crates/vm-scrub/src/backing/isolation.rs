@@ -13,7 +13,7 @@ use super::moving::Round;
 use super::{Revocation, Revoked, Window, WindowSpace, lock_again, move_pieces, remove_guards};
 use crate::scrub::{HostPtr, pagemap};
 use crate::sys::userfaultfd::Userfaultfd;
-use crate::sys::{self, map, mlock};
+use crate::sys::{self, map};
 use std::ops::Range;
 use std::time::{Duration, Instant};
 
@@ -84,10 +84,6 @@ impl Isolation {
                 return Ok(false);
             }
             move_pieces(window, staged, len).map_err(|(_, error)| error)?;
-            // A VMM may have locked all of its memory. Its place in the arena is not, and the kernel moves between equals.
-            if let Err(error) = mlock::unlock(staged, len) {
-                log::debug!("memory stays locked, and is moved without proof: {error}");
-            }
         }
         Ok(true)
     }
@@ -114,6 +110,8 @@ impl Isolation {
     unsafe fn bring(&self, range: Range<usize>) -> sys::Result<Revoked> {
         let mut by = Revocation::Move;
         let mut deadline = None;
+        // The gaps that earlier rounds have left in the lock must not cover what has come home from them.
+        let mut is_first = true;
         // SAFETY: passed on to the caller; nothing has been moved yet.
         let mut round = match unsafe { self.first_look(&range) } {
             Ok(round) => round,
@@ -131,7 +129,8 @@ impl Isolation {
             // SAFETY: passed on to the caller; what the round found is in the lock, so its place in the arena is empty.
             unsafe { round.go(self) };
             let mut left = Round::look(self, range.clone())?;
-            let unproven = left.forget(round.unproven());
+            let unproven = left.forget(round.unproven(), !is_first);
+            is_first = false;
             if !unproven.is_empty() {
                 by = Revocation::Mremap;
                 // SAFETY: as above.

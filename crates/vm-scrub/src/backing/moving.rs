@@ -11,7 +11,7 @@
 use super::BLOCK;
 use super::isolation::Isolation;
 use crate::arch::VerifyLoop;
-use crate::scrub::{HostPtr, intersections, pagemap, pieces, push_joined};
+use crate::scrub::{HostPtr, intersections, joined, pagemap, pieces, push_joined};
 use crate::sys::pagemap::Pagemap;
 use crate::sys::{self, map};
 use std::ops::Range;
@@ -90,7 +90,7 @@ impl Round {
         joined
     }
 
-    /// Ranges in which nothing can be moved with proof, and nothing has been: ascending.
+    /// Ranges in which nothing can be moved with proof, and nothing has been in this round: ascending.
     pub(super) fn unproven(&self) -> Vec<Range<usize>> {
         let mut ranges = self.failed.clone();
         if !self.small_pages {
@@ -100,13 +100,20 @@ impl Round {
         ranges
     }
 
-    /// Forgets what lies in `ranges` (ascending, disjoint), and says in which of them there was something.
-    pub(super) fn forget(&mut self, mut ranges: Vec<Range<usize>>) -> Vec<Range<usize>> {
-        ranges.retain(|range| {
-            let mut found =
-                intersections(range, &self.small).chain(intersections(range, &self.huge));
-            found.next().is_some()
-        });
+    /// Forgets what lies in `ranges` (ascending, disjoint), and says in which of them there was something; or, where something may
+    /// have come home from between, what `exactly` there was.
+    pub(super) fn forget(&mut self, ranges: Vec<Range<usize>>, exactly: bool) -> Vec<Range<usize>> {
+        let found = |range: &Range<usize>| -> Vec<Range<usize>> {
+            let runs = [&self.small, &self.huge].into_iter();
+            let found = runs.flat_map(|runs| intersections(range, runs));
+            found.collect()
+        };
+        let ranges: Vec<Range<usize>> = if exactly {
+            joined(ranges.iter().flat_map(found))
+        } else {
+            let has_some = |range: &Range<usize>| !found(range).is_empty();
+            ranges.into_iter().filter(has_some).collect()
+        };
         for runs in [&mut self.small, &mut self.huge] {
             let mut rest = Vec::new();
             for run in runs.iter() {
@@ -286,13 +293,31 @@ mod tests {
         };
         let (head, middle) = (0..PAGE, 9 * PAGE..10 * PAGE);
         let (nothing, tail) = (20 * PAGE..21 * PAGE, 2 * BLOCK..3 * BLOCK);
-        let gone = round.forget(vec![head.clone(), middle.clone(), nothing, tail.clone()]);
+        let gone = round.forget(
+            vec![head.clone(), middle.clone(), nothing, tail.clone()],
+            false,
+        );
         assert_eq!(gone, [head, middle, tail]);
         assert_eq!(
             round.small,
             [PAGE..4 * PAGE, 8 * PAGE..9 * PAGE, 10 * PAGE..12 * PAGE]
         );
         assert_eq!(round.huge, from_ref(&(BLOCK..2 * BLOCK)));
+    }
+
+    #[test]
+    fn what_came_home_earlier_is_not_in_what_is_exactly_there() {
+        let runs = || Round {
+            small: vec![0..PAGE, 2 * PAGE..3 * PAGE],
+            huge: Vec::from_iter(Some(BLOCK..2 * BLOCK)),
+            ..Round::default()
+        };
+        let all = || Vec::from_iter(Some(0..2 * BLOCK));
+        assert_eq!(runs().forget(all(), false), all());
+        let mut round = runs();
+        let exactly = round.forget(all(), true);
+        assert_eq!(exactly, [0..PAGE, 2 * PAGE..3 * PAGE, BLOCK..2 * BLOCK]);
+        assert!(round.is_empty());
     }
 
     #[test]

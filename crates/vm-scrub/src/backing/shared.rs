@@ -10,7 +10,8 @@ use super::{
     keep_private, map_shared,
 };
 use crate::scrub::{HostPtr, Residency, push_joined};
-use crate::sys::memfd::{self, Identity, Pages};
+use crate::sys::identity::Identity;
+use crate::sys::memfd::{self, Pages};
 use crate::sys::{self, Call, map, mlock, numa};
 use std::fs::File;
 use std::io;

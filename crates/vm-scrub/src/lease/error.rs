@@ -204,6 +204,11 @@ pub enum TeardownError {
         /// The lease.
         lease: LeaseId,
     },
+    /// This process is a forked child of the one that began, and has nothing of the memory. Nothing was done; the parent goes on.
+    Forked {
+        /// The lease.
+        lease: LeaseId,
+    },
     /// The numbers of the steps do not add up. All of the lease's blocks are quarantined. This is a bug in vm-scrub.
     Unaccounted {
         /// The lease.
@@ -229,7 +234,9 @@ impl TeardownError {
     pub fn into_lease(self) -> Option<Lease> {
         match self {
             TeardownError::Refused(refused) => Some(refused.lease),
-            TeardownError::Panicked { .. } | TeardownError::Unaccounted { .. } => None,
+            TeardownError::Panicked { .. }
+            | TeardownError::Forked { .. }
+            | TeardownError::Unaccounted { .. } => None,
         }
     }
 }
@@ -248,6 +255,10 @@ impl fmt::Display for TeardownError {
             TeardownError::Panicked { lease } => write!(
                 f,
                 "{lease} is quarantined as a whole: a thread panicked while it scrubbed; mend the progress callback"
+            ),
+            TeardownError::Forked { lease } => write!(
+                f,
+                "{lease} is another process's, of which this is a forked child: finish it there"
             ),
             TeardownError::Unaccounted {
                 lease,

@@ -8,6 +8,8 @@ use crate::pool::{Chore, LeaseId, OnProgress, Priority, Progress, Shared, surviv
 use crate::scrub::{Job, Workers};
 use crate::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, AtomicUsize, Ordering};
 use crate::sync::{Condvar, Mutex, MutexGuard};
+use crate::sys::fork;
+use log::Level;
 use std::sync::{Arc, PoisonError, Weak};
 
 /// A lease that is being scrubbed in the background.
@@ -48,6 +50,8 @@ struct Retired {
     lease: LeaseId,
     /// Kept by the memory, for as long as it is not back.
     pool: Weak<Shared>,
+    /// Where the memory is, and the threads that scrub it: not in a forked child.
+    address_space: u64,
     priority: AtomicU8,
     cancelled: AtomicBool,
     /// How many threads are at a piece, or about to take one.
@@ -159,6 +163,7 @@ impl Lease {
         let retired = Arc::new(Retired {
             lease,
             pool: pool.visit(),
+            address_space: pool.address_space(),
             priority: AtomicU8::new(Priority::Normal as u8),
             cancelled: AtomicBool::new(false),
             active: AtomicUsize::new(0),
@@ -192,7 +197,8 @@ impl Ticket {
 
     /// Whether it is finished, so that [`wait`](Self::wait) returns at once.
     pub fn is_finished(&self) -> bool {
-        matches!(&*self.retired.state(), State::Finished(_) | State::GivenUp)
+        !self.retired.is_here()
+            || matches!(&*self.retired.state(), State::Finished(_) | State::GivenUp)
     }
 
     /// Makes it more or less urgent than what else is waiting: the background heeds it after 256 KiB at most, which takes less than a
@@ -201,7 +207,9 @@ impl Ticket {
         self.retired
             .priority
             .store(priority as u8, Ordering::Relaxed);
-        if let Some(pool) = self.retired.pool() {
+        if self.retired.is_here()
+            && let Some(pool) = self.retired.pool()
+        {
             pool.background.reorder();
         }
     }
@@ -211,9 +219,11 @@ impl Ticket {
     /// # Errors
     ///
     /// [`TeardownError::Unaccounted`] if the numbers do not add up, [`TeardownError::Panicked`] if a progress callback
-    /// panicked: everything is quarantined then.
+    /// panicked: everything is quarantined then. [`TeardownError::Forked`] in a forked child, at once.
     pub fn wait(self) -> Result<ScrubReceipt, TeardownError> {
-        if let Some(pool) = self.retired.pool() {
+        if self.retired.is_here()
+            && let Some(pool) = self.retired.pool()
+        {
             self.retired.work_with(pool.engine.workers());
         }
         self.wait_in_background()
@@ -225,6 +235,10 @@ impl Ticket {
     ///
     /// As for [`Ticket::wait`].
     pub fn wait_in_background(self) -> Result<ScrubReceipt, TeardownError> {
+        let lease = self.retired.lease;
+        if !self.retired.is_here() {
+            return Err(TeardownError::Forked { lease });
+        }
         Chore::wait(&*self.retired);
         self.retired.take_outcome()
     }
@@ -238,6 +252,10 @@ impl Ticket {
     /// pages.
     pub fn cancel(self) -> Cancelled {
         let retired = &self.retired;
+        if !retired.is_here() {
+            let lease = retired.lease;
+            return Cancelled::Finished(Box::new(Err(TeardownError::Forked { lease })));
+        }
         retired.cancelled.store(true, Ordering::SeqCst);
         let mut state = retired.state();
         loop {
@@ -270,6 +288,11 @@ impl Ticket {
 }
 
 impl Retired {
+    /// Not in a forked child, which does not even look at the state: whoever had it locked is not there to unlock it.
+    fn is_here(&self) -> bool {
+        fork::is_here(self.address_space)
+    }
+
     fn state(&self) -> MutexGuard<'_, State> {
         // Changed by single assignments only.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
@@ -387,16 +410,17 @@ impl Retired {
                 !stopped
             }
             Next::Over(end) => {
-                match &*end {
-                    Ok(receipt) => log::info!(
-                        "{} scrubbed in the background: {:?}",
-                        self.lease,
-                        receipt.outcome
+                let (level, said) = match &*end {
+                    Ok(receipt) => (
+                        Level::Info,
+                        format!("scrubbed in the background: {:?}", receipt.outcome),
                     ),
-                    Err(error) => log::error!("{} in the background: {error}", self.lease),
-                }
+                    Err(error) => (Level::Error, format!("in the background: {error}")),
+                };
                 self.done.store(self.total, Ordering::Relaxed);
                 alone.leave(State::Finished(Some(end)));
+                // Last: the embedder's logger may panic, and nothing is wrong with the memory then.
+                log::log!(level, "{} {said}", self.lease);
                 false
             }
         }

@@ -47,9 +47,10 @@ impl<S: State> Steps<S> {
         act: impl FnOnce(&mut SharedFile) -> sys::Result<T>,
     ) -> sys::Result<T> {
         match self.file.as_deref_mut().and_then(OwnedFile::get_mut) {
-            Some(file) => act(file),
-            // Not possible: only the last step takes the file.
-            None => Err(SysError {
+            // The file is a forked child's as well, and what it seals is sealed.
+            Some(file) if self.pool.is_here() => act(file),
+            // Not possible where the pool is: only the last step takes the file.
+            _ => Err(SysError {
                 call: Call::AddSeals,
                 source: io::Error::other("there is no file"),
             }),

@@ -240,20 +240,22 @@ impl Background {
         let thread = thread::Builder::new()
             .name("vm-scrub-back".into())
             .spawn(move || {
-                if let Err(error) = native::lowest_priority() {
-                    log::warn!("background scrubbing runs at normal priority: {error}");
-                }
-                if let Some(cpus) = cpus
-                    && let Err(error) = native::pin(native::id(), &cpus)
-                {
-                    log::warn!("background scrubbing is not kept on its NUMA node: {error}");
-                }
+                let priority = native::lowest_priority();
+                let pinned = cpus.map_or(Ok(()), |cpus| native::pin(native::id(), &cpus));
+                survive(|| {
+                    if let Err(error) = priority {
+                        log::warn!("background scrubbing runs at normal priority: {error}");
+                    }
+                    if let Err(error) = pinned {
+                        log::warn!("background scrubbing is not kept on its NUMA node: {error}");
+                    }
+                });
                 // Nobody listens only if the pool is not to be.
                 let _ = started.send(());
                 drop(started);
                 worker.run();
             })?;
-        // It can end before it says so only by a panic in the VMM's logger, and is missed when there is work for it.
+        // It says so before it ends.
         let _ = ready.recv();
         Ok(Self {
             queue,

@@ -52,9 +52,10 @@ pub struct Accounts {
 }
 
 impl Accounts {
-    /// The sum of all four, in bytes.
+    /// The sum of all four, in bytes: of those of a pool, its capacity.
     pub fn total(&self) -> u64 {
-        self.clean + self.leased + self.dirty + self.quarantined
+        let parts = [self.leased, self.dirty, self.quarantined];
+        parts.into_iter().fold(self.clean, u64::saturating_add)
     }
 }
 

@@ -104,14 +104,15 @@ impl OwnedFile {
 impl Drop for OwnedFile {
     fn drop(&mut self) {
         if let Some(file) = self.file.take() {
+            let pool = &self.pool;
+            pool.withheld.keep(self.about.clone(), file, &pool.ledger);
+            // Last: the embedder's logger may panic.
             log::error!(
                 "{}: {} bytes of shared memory in quarantine for good: {}",
                 self.about.lease,
                 self.about.bytes,
                 self.about.reason
             );
-            let pool = &self.pool;
-            pool.withheld.keep(self.about.clone(), file, &pool.ledger);
         }
     }
 }

@@ -31,6 +31,11 @@ impl Owned {
         fork::is_here(self.address_space)
     }
 
+    /// The number of the address space where the pool was built.
+    pub(crate) fn address_space(&self) -> u64 {
+        self.address_space
+    }
+
     /// For those who only look.
     pub(crate) fn visit(&self) -> Weak<Shared> {
         Arc::downgrade(&self.shared)

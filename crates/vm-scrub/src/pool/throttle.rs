@@ -104,9 +104,11 @@ impl Throttle {
 
     /// Changes the limit from now on. What was scrubbed so far is neither forgiven nor charged again.
     pub(crate) fn set(&self, rate: Option<ScrubRate>) {
+        // Asked before the lock is taken: it may be the embedder's.
+        let now = self.clock.now();
         let mut bucket = self.bucket();
-        bucket.wait(self.clock.now());
-        bucket.filled = self.clock.now();
+        bucket.wait(now);
+        bucket.filled = now;
         if bucket.rate.is_none() {
             bucket.tokens = rate.map_or(0.0, |rate| rate.burst as f64);
         }
@@ -119,7 +121,8 @@ impl Throttle {
             if stop() {
                 return false;
             }
-            let wait = self.bucket().wait(self.clock.now());
+            let now = self.clock.now();
+            let wait = self.bucket().wait(now);
             if wait.is_zero() {
                 break;
             }

@@ -356,14 +356,15 @@ impl Shared {
         remains: Remains,
         blocks: Blocks<blocks::Withheld>,
     ) {
+        self.withheld.add(about.clone(), Held { remains, blocks });
+        self.background.look_again(FIRST_RETRY);
+        // Last: the embedder's logger may panic.
         log::warn!(
             "{}: {} bytes in quarantine, to be tried again: {}",
             about.lease,
             about.bytes,
             about.reason
         );
-        self.withheld.add(about, Held { remains, blocks });
-        self.background.look_again(FIRST_RETRY);
     }
 
     /// Tries all that is withheld once more, with all threads. How many bytes came back.
@@ -421,7 +422,12 @@ impl Pool {
     ///
     /// The pool does that by itself too: in the background, and when somebody asks for more memory than there is. Calling it
     /// is worthwhile when a peer is known to have gone. Each attempt scrubs the memory anew.
+    ///
+    /// In a forked child nothing is tried: the memory is its parent's.
     pub fn reclaim(&self) -> u64 {
+        if !self.shared.is_here() {
+            return 0;
+        }
         self.shared.reclaim()
     }
 }

@@ -7,7 +7,7 @@ use super::{Call, Error, Result, done, fault, touch};
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::ptr;
-use std::sync::Once;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 /// What a range of memory is to be used for, as `madvise(2)` takes it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -18,6 +18,10 @@ pub(crate) enum Advice {
     DontDump,
     /// A child that gets the range nevertheless finds it empty. Refused (`EINVAL`) for anything but private anonymous memory.
     WipeOnFork,
+    /// The opposite. Refused (`EINVAL`) for memory that the kernel may drop.
+    KeepOnFork,
+    /// Neither sequential nor random access is expected.
+    Normal,
     /// The kernel does not merge its pages with equal ones.
     Unmergeable,
     /// Transparent huge pages are wanted.
@@ -41,6 +45,8 @@ impl Advice {
             Advice::DontFork => libc::MADV_DONTFORK,
             Advice::DontDump => libc::MADV_DONTDUMP,
             Advice::WipeOnFork => libc::MADV_WIPEONFORK,
+            Advice::KeepOnFork => libc::MADV_KEEPONFORK,
+            Advice::Normal => libc::MADV_NORMAL,
             Advice::Unmergeable => libc::MADV_UNMERGEABLE,
             Advice::HugePage => libc::MADV_HUGEPAGE,
             Advice::NoHugePage => libc::MADV_NOHUGEPAGE,
@@ -330,8 +336,11 @@ pub(crate) unsafe fn populate(address: *mut u8, len: usize) -> Result<()> {
         // The answer of kernels without it; also of those with it about memory that cannot be written to, and then
         // touching it fails as well.
         Err(error) if error.errno() == Some(libc::EINVAL) => {
-            static SAID: Once = Once::new();
-            SAID.call_once(|| log::info!("{error}: populating page by page instead"));
+            // No lock: the embedder's logger may come here again, or panic.
+            static SAID: AtomicBool = AtomicBool::new(false);
+            if !SAID.swap(true, Ordering::Relaxed) {
+                log::info!("{error}: populating page by page instead");
+            }
             // SAFETY: passed on to the caller.
             unsafe { touch::each_page(address, len) }
         }

@@ -8,6 +8,7 @@ pub(crate) mod fault;
 pub(crate) mod features;
 pub(crate) mod fork;
 pub(crate) mod hugetlb;
+pub(crate) mod identity;
 pub(crate) mod map;
 pub(crate) mod memfd;
 pub(crate) mod mlock;

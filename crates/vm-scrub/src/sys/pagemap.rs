@@ -3,12 +3,12 @@
 //! `PAGEMAP_SCAN` (Linux 6.7) answers with ranges and tells the shared zero page apart; reading `/proc/self/pagemap` works
 //! on every kernel, eight bytes a page, and counts the zero page as populated, which is on the safe side.
 
+use super::identity::Identity;
 use super::{Call, Error, Result, fault};
 use std::fs::File;
-use std::hint::black_box;
 use std::io;
 use std::ops::Range;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::fs::FileExt;
 
 /// `struct page_region` of `linux/fs.h`.
@@ -77,24 +77,14 @@ fn is_populated(entry: u64) -> bool {
     entry & (ENTRY_PRESENT | ENTRY_SWAPPED) != 0
 }
 
-fn not_a_pagemap(call: Call) -> Error {
-    Error {
-        call,
-        source: io::Error::other(
-            "the descriptor is no pagemap any more: it was closed by somebody else, and its number is another file's now",
-        ),
-    }
-}
-
 /// `/proc/self/pagemap`, open for reading.
 ///
-/// It stays open for as long as the process lives, and a VMM that closes descriptors it does not know, as daemons do, may have
-/// given its number to another file since. What that one answers must never be taken for 'nothing is populated'.
+/// It stays open for as long as the process lives, and its number may be another file's by then, even that of another process's
+/// pagemap. What that one answers must never be taken for 'nothing is populated'.
 #[derive(Debug)]
 pub(crate) struct Pagemap {
     file: File,
-    /// Whether `PAGEMAP_SCAN` worked when it was opened.
-    scans: bool,
+    identity: Identity,
 }
 
 impl Pagemap {
@@ -105,14 +95,8 @@ impl Pagemap {
             call: Call::PagemapOpen,
             source,
         })?;
-        let mut nothing = ScanArg {
-            size: size_of::<ScanArg>() as u64,
-            ..ScanArg::default()
-        };
-        // SAFETY: the structure is live and writable for the call, and has room for no answers.
-        let status = unsafe { libc::ioctl(file.as_raw_fd(), PAGEMAP_SCAN as _, &raw mut nothing) };
-        let scans = status == 0;
-        Ok(Self { file, scans })
+        let identity = Identity::of(file.as_fd())?;
+        Ok(Self { file, identity })
     }
 
     /// Calls `found` with each maximal run of populated pages in `range` (addresses, page aligned), in ascending order.
@@ -146,6 +130,7 @@ impl Pagemap {
 
     /// Whether the page at `address` is mapped here and nowhere else. `page` is the host's page size in bytes.
     pub(crate) fn is_exclusive(&self, address: usize, page: usize) -> Result<bool> {
+        self.identity.check(self.file.as_fd())?;
         fault::check(Call::PagemapRead)?;
         Ok(self.entry(address, page)? & ENTRY_EXCLUSIVE != 0)
     }
@@ -162,16 +147,6 @@ impl Pagemap {
         Ok(u64::from_ne_bytes(entry))
     }
 
-    /// Refuses a file that does not know of two pages what this thread knows of them: the one that it is writing to is
-    /// populated, and the one behind the null pointer is not.
-    fn check(&self, page: usize) -> Result<()> {
-        let written = black_box([1_u8]);
-        if is_populated(self.entry(written.as_ptr().addr(), page)?) && self.entry(0, page)? == 0 {
-            return Ok(());
-        }
-        Err(not_a_pagemap(Call::PagemapRead))
-    }
-
     /// Calls `found` with each maximal run of populated pages that are alike in the categories of `return_mask`.
     fn walk(
         &self,
@@ -179,6 +154,7 @@ impl Pagemap {
         return_mask: u64,
         mut found: impl FnMut(&PageRegion),
     ) -> Result<()> {
+        self.identity.check(self.file.as_fd())?;
         let mut few = [PageRegion::default(); REGIONS_AT_FIRST];
         let mut many = Vec::new();
         let mut regions: &mut [PageRegion] = &mut few;
@@ -204,13 +180,10 @@ impl Pagemap {
                 unsafe { libc::ioctl(self.file.as_raw_fd(), PAGEMAP_SCAN as _, &raw mut arg) };
             let Ok(count) = usize::try_from(count) else {
                 let error = Error::last(Call::PagemapScan);
-                match error.errno() {
-                    Some(libc::EINTR) => continue,
-                    Some(libc::ENOTTY) if self.scans => {
-                        return Err(not_a_pagemap(Call::PagemapScan));
-                    }
-                    _ => return Err(error),
+                if error.errno() == Some(libc::EINTR) {
+                    continue;
                 }
+                return Err(error);
             };
             // Linux 6.18 was seen to give a `walk_end` that lies before the last region when the vector is full just where
             // the range ends. What has been reported has been walked, so it is not asked about again.
@@ -244,7 +217,7 @@ impl Pagemap {
     ) -> Result<()> {
         let mut buffer = vec![0_u8; ENTRIES_PER_READ * size_of::<u64>()];
         let mut address = range.start;
-        self.check(page)?;
+        self.identity.check(self.file.as_fd())?;
         while address < range.end {
             let pages = ((range.end - address) / page).clamp(1, ENTRIES_PER_READ);
             let bytes = &mut buffer[..pages * size_of::<u64>()];
@@ -270,24 +243,48 @@ impl Pagemap {
 mod tests {
     use super::*;
 
+    use std::hint::black_box;
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
     const PAGE: usize = 4096;
 
     #[test]
     fn what_another_file_says_is_not_believed() {
-        let zeros = |scans| Pagemap {
-            file: File::open("/dev/zero").unwrap(),
-            scans,
-        };
-        let nothing = |_: Range<usize>| panic!("a page was found");
-        let range = PAGE..3 * PAGE;
-        // Where the kernel has no PAGEMAP_SCAN the entries are read, else they must not be.
-        assert!(zeros(false).read(range.clone(), PAGE, nothing).is_err());
-        let missing = zeros(false).scan(range.clone(), nothing).unwrap_err();
-        assert!(missing.is_no_such_ioctl());
-        let lost = zeros(true).scan(range.clone(), nothing).unwrap_err();
-        assert!(!lost.is_no_such_ioctl() && lost.errno() != Some(libc::EINVAL));
         let own = Pagemap::open().unwrap();
-        own.read(range, PAGE, nothing).unwrap();
+        let written = black_box([1_u8]);
+        let page = written.as_ptr().addr() / PAGE * PAGE;
+        let range = page..page + PAGE;
+        let ask = |pagemap: &Pagemap| {
+            let found = AtomicUsize::new(0);
+            let count = |_: Range<usize>| {
+                found.fetch_add(1, Ordering::Relaxed);
+            };
+            let scanned = pagemap.scan(range.clone(), count);
+            let read = pagemap.read(range.clone(), PAGE, count);
+            let exclusive = pagemap.is_exclusive(page, PAGE);
+            (scanned, read, exclusive, found.into_inner())
+        };
+        let (scanned, read, _, _) = ask(&own);
+        read.unwrap();
+        assert!(scanned.is_ok() || scanned.unwrap_err().is_no_such_ioctl());
+        // Another process's has nothing there, and would say so.
+        let others = [File::open("/dev/zero"), File::open("/proc/1/pagemap")];
+        for other in others.into_iter().flatten() {
+            let file = own.file.try_clone().unwrap();
+            let identity = own.identity;
+            // SAFETY: both descriptors are this test's.
+            assert!(unsafe { libc::dup2(other.as_raw_fd(), file.as_raw_fd()) } >= 0);
+            let (scanned, read, exclusive, found) = ask(&Pagemap { file, identity });
+            for error in [
+                scanned.unwrap_err(),
+                read.unwrap_err(),
+                exclusive.unwrap_err(),
+            ] {
+                assert_eq!(error.call, Call::Fstat, "{error}");
+                assert!(!error.is_no_such_ioctl() && error.errno() != Some(libc::EINVAL));
+            }
+            assert_eq!(found, 0);
+        }
     }
 
     #[test]

@@ -2,11 +2,12 @@
 //!
 //! `PROCMAP_QUERY` (Linux 6.11) answers about one mapping; before that the whole of `/proc/self/maps` is read.
 
+use super::identity::Identity;
 use super::{Call, Error, Result, fault};
 use std::fs::File;
 use std::io::{self, Read};
 use std::ops::Range;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsFd, AsRawFd};
 
 /// `struct procmap_query` of `linux/fs.h`.
 #[repr(C)]
@@ -49,6 +50,7 @@ pub(crate) struct Mapping {
 #[derive(Debug)]
 pub(crate) struct Maps {
     file: File,
+    identity: Identity,
 }
 
 impl Maps {
@@ -59,13 +61,15 @@ impl Maps {
             call: Call::MapsOpen,
             source,
         })?;
-        Ok(Self { file })
+        let identity = Identity::of(file.as_fd())?;
+        Ok(Self { file, identity })
     }
 
     /// The mapping at `address`, or the next one above; `None` above the last one.
     ///
     /// Fails with `ENOTTY` (or `ENOSYS`) where there is no `PROCMAP_QUERY`.
     pub(crate) fn query(&self, address: usize) -> Result<Option<Mapping>> {
+        self.identity.check(self.file.as_fd())?;
         fault::check(Call::MapsQuery)?;
         let mut query = Query {
             size: size_of::<Query>() as u64,

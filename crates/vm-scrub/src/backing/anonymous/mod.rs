@@ -110,18 +110,25 @@ impl AnonymousArena {
     /// shared with a device. Its pages would come home with the rest, and those of a file that nobody has touched yet are not
     /// populated: they would be skipped, and the next guest would read the file.
     ///
-    /// `MADV_WIPEONFORK` is refused for all such mappings, and changes nothing for memory that no child inherits anyway.
+    /// Also memory that the kernel may drop when it likes (`MAP_DROPPABLE`, Linux 6.11), which would be the next guest's.
+    ///
+    /// `MADV_WIPEONFORK` is refused for all mappings of the first kind and its opposite for those of the second, and neither changes
+    /// anything for memory that no child inherits anyway.
     ///
     /// # Safety
     /// The window must be the caller's.
     unsafe fn check_anonymous(window: *mut u8, len: usize) -> sys::Result<()> {
         // SAFETY: passed on to the caller.
-        match unsafe { map::advise(window, len, Advice::WipeOnFork) } {
+        let advised = unsafe {
+            map::advise(window, len, Advice::KeepOnFork)
+                .and_then(|()| map::advise(window, len, Advice::WipeOnFork))
+        };
+        match advised {
             Err(error) if error.errno() == Some(libc::EINVAL) => Err(sys::Error {
                 call: error.call,
                 source: io::Error::new(
                     io::ErrorKind::InvalidInput,
-                    "something that is not private anonymous memory was mapped over the guest's memory",
+                    "something that is not ordinary private anonymous memory was mapped over the guest's memory",
                 ),
             }),
             result => result,
@@ -129,7 +136,7 @@ impl AnonymousArena {
     }
 
     /// Undoes what the guest's side may have done to its window, where it would outlive the lease or stop the scrubber:
-    /// protection, sharing with children, merging, dumping, the kind of pages.
+    /// protection, sharing with children, merging, dumping, how it is read ahead, the kind of pages.
     ///
     /// # Safety
     /// The window must be the caller's.
@@ -138,8 +145,10 @@ impl AnonymousArena {
         unsafe {
             map::make_writable(window, len)?;
             keep_private(window, len);
-            if let Err(error) = map::advise(window, len, self.page_advice()) {
-                log::debug!("a part of the arena may have pages of another kind: {error}");
+            for advice in [Advice::Normal, self.page_advice()] {
+                if let Err(error) = map::advise(window, len, advice) {
+                    log::debug!("{advice:?} is not in force for a part of the arena: {error}");
+                }
             }
         }
         Ok(())
@@ -225,6 +234,18 @@ impl AnonymousArena {
     }
 }
 
+/// Unlocks memory that the VMM has locked, by itself or with all that it has. Else the kernel would count it as locked twice after the
+/// move, for good, and move it without proof, because its place in the arena is not locked.
+///
+/// # Safety
+/// The range must be the caller's.
+unsafe fn unlock_before_moving(address: *mut u8, len: usize) {
+    // SAFETY: passed on to the caller.
+    if let Err(error) = unsafe { mlock::unlock(address, len) } {
+        log::debug!("{len} bytes stay locked, and count as locked for good: {error}");
+    }
+}
+
 impl Backing for AnonymousArena {
     fn arena(&self) -> HostPtr {
         self.base
@@ -255,11 +276,14 @@ impl Backing for AnonymousArena {
     }
 
     unsafe fn grant(&self, offset: usize, window: *mut u8, len: usize) -> Result<(), NotGranted> {
+        let home = self.base.at(offset);
         if !self.locked {
             // SAFETY: passed on to the caller.
-            return unsafe { self.show(offset, window, len) };
+            return unsafe {
+                unlock_before_moving(home, len);
+                self.show(offset, window, len)
+            };
         }
-        let home = self.base.at(offset);
         // SAFETY: the caller says that the range is free and that the window is closed, so both are ours alone; what is in the
         // range is zero, and may be swapped out for a moment.
         unsafe {
@@ -285,7 +309,10 @@ impl Backing for AnonymousArena {
     unsafe fn revoke(&self, offset: usize, window: *mut u8, len: usize) -> sys::Result<Revoked> {
         if !self.locked {
             // SAFETY: passed on to the caller.
-            return unsafe { self.bring_home(offset, window, len) };
+            return unsafe {
+                unlock_before_moving(window, len);
+                self.bring_home(offset, window, len)
+            };
         }
         let range = offset..offset + len;
         // SAFETY: as in `bring_home`; unlocked, the bytes stay where they are. The arena's own range is empty and not locked,

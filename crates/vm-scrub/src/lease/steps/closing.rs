@@ -14,6 +14,12 @@ impl Steps<Verified> {
     /// Puts what is clean into the pool and closes the account.
     pub(in crate::lease) fn recycle(self) -> Result<ScrubReceipt, TeardownError> {
         let recycling = Instant::now();
+        if !self.pool.is_here() {
+            let lease = self.lease();
+            // The parent's, which goes on with it.
+            std::mem::forget(self);
+            return Err(TeardownError::Forked { lease });
+        }
         let mut steps = self.checked()?;
         let mut returning = Returning::default();
         while let Some(excess) = steps.next_excess(&mut returning) {

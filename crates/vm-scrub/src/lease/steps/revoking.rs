@@ -4,10 +4,11 @@ use super::{Steps, backing, in_books, nanos};
 use crate::backing::{Revocation, Revoked};
 use crate::lease::account::Lost;
 use crate::lease::receipt::{Outcome, QuarantineReason, ScrubReceipt, StepTimes};
-use crate::lease::{Lease, Leased, Quiesced, Refused, TeardownError, blocks_of};
+use crate::lease::{Lease, Leased, LeasedRegion, Quiesced, Refused, TeardownError, blocks_of};
 use crate::pool::Shared;
 use crate::pool::blocks::{Blocks, Dirty};
 use crate::scrub::fresh_seed;
+use std::mem::ManuallyDrop;
 use std::ops::Range;
 use std::sync::Arc;
 use std::time::Instant;
@@ -47,15 +48,22 @@ pub(in crate::lease) fn take_away_unasked(
     let receipt = open_receipt(lease, &pool);
     let file = lease.file.take();
     let backing = backing(&pool, file.as_deref());
-    let mut segments = Vec::new();
+    let mut all_segments = Vec::new();
     let mut lost = Lost::new();
     let mut pinned: Vec<Range<usize>> = Vec::new();
     let mut unlocked = 0;
     let mut by = backing.revocation();
     let mut proofs: Vec<Revoked> = Vec::new();
-    for region in std::mem::take(&mut lease.regions) {
+    // The embedder's logger may panic: what somebody may still reach stays mapped then.
+    let regions = std::mem::take(&mut lease.regions).into_iter();
+    let regions: Vec<_> = regions.map(ManuallyDrop::new).collect();
+    for region in regions {
+        let LeasedRegion {
+            window, segments, ..
+        } = ManuallyDrop::into_inner(region);
+        let window = ManuallyDrop::new(window);
         let mut closed = true;
-        for segment in region.segments {
+        for segment in segments {
             // SAFETY: the segment was granted at this address when the lease was made. No handle is left and the guest
             // is quiesced, so nobody holds a reference; a stray pointer is what revocation is for.
             match unsafe { backing.revoke(segment.offset, segment.window.0, segment.len) } {
@@ -89,12 +97,13 @@ pub(in crate::lease) fn take_away_unasked(
                     lost.extend(segment.blocks().map(|block| (block, why.clone())));
                 }
             }
-            segments.push(segment);
+            all_segments.push(segment);
         }
+        let window = ManuallyDrop::into_inner(window);
         if closed {
-            pool.windows.retire(region.window);
+            pool.windows.retire(window);
         } else {
-            region.window.leak();
+            window.leak();
         }
     }
     let shareable = file.is_some();
@@ -108,7 +117,7 @@ pub(in crate::lease) fn take_away_unasked(
         pool,
         file,
         started,
-        segments,
+        segments: all_segments,
         leased_blocks,
         populated: Vec::new(),
         to_read: None,

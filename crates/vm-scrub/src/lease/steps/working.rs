@@ -19,8 +19,10 @@ impl<S: State> Steps<S> {
             self.bytes_to_read = self.to_read.as_deref().map(sum);
         }
         let ranges = match &self.to_read {
-            Some(to_read) if !work.zeroes() => to_read,
-            _ => &self.populated,
+            // In a forked child nothing is there, and what lies at those addresses is its own.
+            _ if !self.pool.is_here() => &[],
+            Some(to_read) if !work.zeroes() => &to_read[..],
+            _ => &self.populated[..],
         };
         let arena = backing(&self.pool, self.file.as_deref()).arena();
         // SAFETY: the ranges are disjoint, lie in blocks or a file that this teardown owns, and are mapped writable in the

@@ -97,25 +97,33 @@ pub fn calibration() -> &'static Calibration {
     if let Some(done) = CALIBRATION.get() {
         return done;
     }
-    // What it guards is the processor: two who measure at the same time disturb each other.
-    let mut failed = FAILED.lock().unwrap_or_else(PoisonError::into_inner);
-    if let Some(done) = CALIBRATION.get() {
-        return done;
-    }
-    if *failed >= TRIES {
-        return quick_calibration();
-    }
-    match Calibration::measure(BUDGET) {
-        Some(calibration) => {
-            calibration.log("loops measured");
-            CALIBRATION.get_or_init(|| calibration)
+    let (done, attempts) = {
+        // What it guards is the processor: two who measure at the same time disturb each other.
+        let mut failed = FAILED.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(done) = CALIBRATION.get() {
+            return done;
         }
-        None => {
+        let may_try = *failed < TRIES;
+        let measured = may_try.then(|| Calibration::measure(BUDGET)).flatten();
+        if may_try && measured.is_none() {
             *failed += 1;
-            log::warn!(
-                "loops not measured beyond {SMALLEST} bytes: the host is too busy or has too little memory ({failed} of {TRIES} \
-                 attempts)"
-            );
+        }
+        let done = measured.map(|calibration| CALIBRATION.get_or_init(|| calibration));
+        (done, may_try.then_some(*failed))
+    };
+    // Without the lock: the embedder's logger may scrub something, or build a pool.
+    match (done, attempts) {
+        (Some(done), _) => {
+            done.log("loops measured");
+            done
+        }
+        (None, attempts) => {
+            if let Some(attempts) = attempts {
+                log::warn!(
+                    "loops not measured beyond {SMALLEST} bytes: the host is too busy or has too little memory ({attempts} of \
+                     {TRIES} attempts)"
+                );
+            }
             quick_calibration()
         }
     }
@@ -137,11 +145,16 @@ pub(crate) fn calibration_for(bytes: u64) -> &'static Calibration {
 /// Every loop on a single page: measured once in a process, without a system call, in a third of a millisecond.
 fn quick_calibration() -> &'static Calibration {
     static QUICK: OnceLock<Calibration> = OnceLock::new();
-    QUICK.get_or_init(|| {
-        let calibration = Calibration::quick();
-        calibration.log("loops measured on one page only");
-        calibration
-    })
+    let mut is_new = false;
+    let done = QUICK.get_or_init(|| {
+        is_new = true;
+        Calibration::quick()
+    });
+    if is_new {
+        // Not before: the embedder's logger may come here again.
+        done.log("loops measured on one page only");
+    }
+    done
 }
 
 impl Calibration {
