@@ -1,6 +1,8 @@
 //! A forked child has an address space of its own, and what the parent has found out about its own does not hold there.
 
+use std::io::{Read, Write};
 use std::os::fd::AsRawFd;
+use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 use vm_scrub::lease::{Cancelled, Refusal, Ticket};
@@ -149,6 +151,34 @@ fn is_forked<T>(result: &Result<T, TeardownError>) -> bool {
     matches!(result, Err(TeardownError::Forked { .. }))
 }
 
+/// Memory of a child's own where its parent has something else; whether it has stayed as it was.
+struct Own(Vec<std::ops::Range<usize>>);
+
+impl Own {
+    fn over(ranges: Vec<std::ops::Range<usize>>) -> Self {
+        for range in &ranges {
+            let at = std::ptr::without_provenance_mut::<u8>(range.start);
+            // SAFETY: a mapping where nothing is, in this process.
+            unsafe {
+                let protection = libc::PROT_READ | libc::PROT_WRITE;
+                let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED_NOREPLACE;
+                let own = libc::mmap(at.cast(), range.len(), protection, flags, -1, 0);
+                assert_eq!(own, at.cast(), "something is there");
+                at.write_bytes(0x77, range.len());
+            }
+        }
+        Self(ranges)
+    }
+
+    fn is_untouched(&self) -> bool {
+        self.0.iter().cloned().flatten().all(|at| {
+            let at = std::ptr::without_provenance::<u8>(at);
+            // SAFETY: mapped by `over`; if it is not any more, that is a signal, which the parent sees.
+            unsafe { at.read_volatile() == 0x77 }
+        })
+    }
+}
+
 /// Where the pool's memory is in the parent, a child may have memory of its own.
 #[test]
 fn a_child_does_nothing_to_memory_on_its_way_back() {
@@ -156,7 +186,7 @@ fn a_child_does_nothing_to_memory_on_its_way_back() {
         .threads(1)
         .build()
         .unwrap();
-    let arena = arena_address(&pool);
+    let arena = arena_address(&pool).addr();
     let dirty = |shareable| {
         let options = LeaseOptions::new().shareable(shareable);
         let lease = pool
@@ -167,29 +197,28 @@ fn a_child_does_nothing_to_memory_on_its_way_back() {
         lease.revoke(quiesced).unwrap()
     };
     let (at_once, in_steps, shared) = (dirty(false), dirty(false).scrub(), dirty(true));
+    // The parent's view of the file that was shared: where it is zeroed.
+    let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
+    let view = maps
+        .lines()
+        .find(|line| line.contains("memfd:vm-scrub-shared"));
+    let mut places = vec![arena..arena + pool.capacity() as usize];
+    places.extend(view.map(|line| {
+        let (range, _) = line.split_once(' ').unwrap();
+        let (start, end) = range.split_once('-').unwrap();
+        let address = |text| usize::from_str_radix(text, 16).unwrap();
+        address(start)..address(end)
+    }));
     let mut kept = Some((at_once, in_steps, shared));
     in_a_child(|| {
         let (at_once, in_steps, shared) = kept.take().unwrap();
-        let len = pool.capacity() as usize;
-        // SAFETY: nothing of the pool's is there, in this process.
-        let own = unsafe {
-            let protection = libc::PROT_READ | libc::PROT_WRITE;
-            let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED_NOREPLACE;
-            libc::mmap(arena.cast(), len, protection, flags, -1, 0)
-        };
-        if own != arena.cast() {
-            return false;
-        }
-        // SAFETY: mapped just now.
-        unsafe { arena.write_bytes(0x77, len) };
+        let own = Own::over(places);
         let refused = [
             at_once.scrub_and_verify().recycle(),
             in_steps.verify().recycle(),
             shared.scrub_and_verify().recycle(),
         ];
-        // SAFETY: as above.
-        let untouched = (0..len).all(|at| unsafe { arena.add(at).read_volatile() } == 0x77);
-        untouched && refused.iter().all(is_forked)
+        own.is_untouched() && refused.iter().all(is_forked)
     });
     let (at_once, in_steps, shared) = kept.unwrap();
     assert!(at_once.scrub_and_verify().recycle().unwrap().is_proven());
@@ -210,6 +239,7 @@ fn a_childs_tickets_are_refused() {
         .scrub_rate(rate)
         .build()
         .unwrap();
+    let arena = arena_address(&pool).addr();
     let mut tickets: Vec<Ticket> = (0..4)
         .map(|_| {
             let lease = pool.lease(&regions(&[(0, BLOCK_SIZE)])).unwrap();
@@ -219,6 +249,7 @@ fn a_childs_tickets_are_refused() {
         })
         .collect();
     in_a_child(|| {
+        let own = Own::over(vec![arena..arena + pool.capacity() as usize]);
         let mut next = || tickets.pop().unwrap();
         let (waited, watched, cancelled, looked_at) = (next(), next(), next(), next());
         looked_at.set_priority(Priority::High);
@@ -227,10 +258,8 @@ fn a_childs_tickets_are_refused() {
             Cancelled::Finished(outcome) => is_forked(&outcome),
             Cancelled::Dirty(_) => false,
         };
-        finished
-            && cancelled
-            && is_forked(&waited.wait())
-            && is_forked(&watched.wait_in_background())
+        let waited = is_forked(&waited.wait()) && is_forked(&watched.wait_in_background());
+        finished && cancelled && waited && own.is_untouched()
     });
     for ticket in tickets {
         assert!(!ticket.is_finished());
@@ -269,10 +298,27 @@ fn a_child_seals_nothing_that_its_parent_withholds() {
         // SAFETY: asks for a number.
         unsafe { libc::fcntl(file.as_raw_fd(), libc::F_GET_SEALS) }
     };
+    // After so many attempts in vain the background leaves it alone for seconds.
+    for _ in 0..9 {
+        assert_eq!(pool.reclaim(), 0);
+    }
     let before = seals();
-    in_a_child(|| pool.reclaim() == 0 && seals() == before);
+    let (mut parents, mut childs) = UnixStream::pair().unwrap();
+    // SAFETY: a child does not get the mapping, which is the last one but for its parent's.
+    assert_eq!(unsafe { libc::madvise(peer, 4096, libc::MADV_DONTFORK) }, 0);
+    // SAFETY: the child calls nothing that needs another thread, or it is the end of it.
+    let child = unsafe { libc::fork() };
+    assert!(child >= 0);
+    if child == 0 {
+        // SAFETY: ends this process, if it should wait.
+        unsafe { libc::alarm(20) };
+        childs.read_exact(&mut [0]).unwrap();
+        exit(pool.reclaim() == 0 && seals() == before);
+    }
     // SAFETY: mapped above, and not used.
     unsafe { libc::munmap(peer, 4096) };
+    parents.write_all(&[1]).unwrap();
+    assert_eq!(status(i64::from(child)), 0);
     // The background may be at it as well.
     let begun = Instant::now();
     while pool.accounts().quarantined > 0 {

@@ -133,6 +133,19 @@ mod tests {
     use crate::sys::map;
 
     #[test]
+    fn what_another_list_says_is_not_believed() {
+        let own = Maps::open().unwrap();
+        let file = own.file.try_clone().unwrap();
+        let identity = own.identity;
+        let other = File::open("/proc/1/maps").or_else(|_| File::open("/dev/zero"));
+        // SAFETY: both descriptors are this test's.
+        assert!(unsafe { libc::dup2(other.unwrap().as_raw_fd(), file.as_raw_fd()) } >= 0);
+        let error = Maps { file, identity }.query(0).unwrap_err();
+        assert_eq!(error.call, Call::Fstat, "{error}");
+        assert!(!error.is_no_such_ioctl());
+    }
+
+    #[test]
     fn both_ways_of_asking_tell_private_anonymous_memory_from_the_rest() {
         let len = 1 << 20;
         let anonymous = map::reserve(len).unwrap();

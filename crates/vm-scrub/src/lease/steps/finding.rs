@@ -20,9 +20,6 @@ impl Steps<Dirty> {
     /// are quarantined.
     pub(in crate::lease) fn find_populated(&mut self) {
         let begun = Instant::now();
-        if !self.pool.is_here() {
-            return;
-        }
         if self.file.is_some() {
             self.find_populated_in_file();
             self.receipt.steps.residency_ns = nanos(begun.elapsed());
