@@ -1,13 +1,14 @@
 //! A failure while another one is being cleaned up, and a failure in the middle of a range that moves in pieces.
 
+use std::time::Duration;
 use vm_scrub::lease::{LeaseError, QuarantineReason};
 use vm_scrub::test_support::{Call, inject};
 use vm_scrub::{BLOCK_SIZE, PageSize, Pool, RevokeBy};
 use vm_scrub_tests::child::with_huge_pages;
-use vm_scrub_tests::maps::is_readable;
+use vm_scrub_tests::maps::{has_uffdio_move, is_readable};
 use vm_scrub_tests::{
     assert_all_zero, assert_nothing_dirty_left, fill, numa, on_small_page_sizes, pools, quiesce,
-    regions, smear, teardown,
+    regions, skipped, smear, teardown,
 };
 
 on_small_page_sizes!(a_range_that_moves_in_pieces_moves_as_a_whole_or_not);
@@ -118,6 +119,31 @@ fn what_cannot_be_taken_back_from_a_lease_that_failed_is_quarantined() {
         assert_eq!(accounts.clean, 3 * BLOCK_SIZE);
         assert_nothing_dirty_left(&pool);
     }
+}
+
+/// The same where the kernel does not let go of the pages of the first range.
+#[test]
+fn what_is_held_of_a_lease_that_failed_is_quarantined() {
+    if !has_uffdio_move() {
+        skipped(&"this kernel has no UFFDIO_MOVE");
+        return;
+    }
+    let builder = pools::builder(PageSize::Base4K, 4).threads(1);
+    let pool = builder.pin_patience(Duration::ZERO).build().unwrap();
+    let used = pool.lease(&regions(&[(0, 4 * BLOCK_SIZE)])).unwrap();
+    fill(&used, 1);
+    assert!(teardown(used).is_proven());
+
+    let moves = inject(Call::Mremap, 3, 1, libc::ENOMEM);
+    let held = inject(Call::UffdMove, 0, u32::MAX, libc::EBUSY);
+    let layout = regions(&[(0, BLOCK_SIZE), (8 * BLOCK_SIZE, 2 * BLOCK_SIZE)]);
+    let error = pool.lease(&layout).unwrap_err();
+    assert!(matches!(error, LeaseError::Map { .. }), "{error}");
+    assert!(held.hits() > 1, "nothing was moved");
+    drop(held);
+    drop(moves);
+    assert_eq!(pool.accounts().quarantined, BLOCK_SIZE);
+    assert_nothing_dirty_left(&pool);
 }
 
 /// Whoever may still be at work behind a window that could not be closed finds it where it was, and not the next window:

@@ -2,7 +2,7 @@
 
 use std::collections::HashSet;
 use std::fs::File;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
@@ -11,7 +11,8 @@ use vm_scrub::test_support::{Call, inject};
 use vm_scrub::{
     BLOCK_SIZE, Lease, LeaseOptions, PageSize, Policy, Pool, Revocation, ScrubReceipt, Withheld,
 };
-use vm_scrub_tests::maps::{is_readable, populated_bytes};
+use vm_scrub_tests::child::alone;
+use vm_scrub_tests::maps::{is_readable, mappings, populated_bytes};
 use vm_scrub_tests::peer::{self, Peer};
 use vm_scrub_tests::{
     assert_all_zero, assert_nothing_dirty_left, fill, on_every_page_size, on_small_page_sizes,
@@ -420,4 +421,40 @@ fn memory_that_could_not_be_populated_is_revoked_with_proof_all_the_same(page_si
     fill(&ordinary, 2);
     taken_back_as_ever(ordinary, page_size);
     assert_back(&pool);
+}
+
+/// While memory that was shared is read back, it is in a mapping of its own, made when the file was sealed.
+#[test]
+fn what_is_read_back_of_a_sealed_file_is_kept_from_children_and_dumps() {
+    let test = "what_is_read_back_of_a_sealed_file_is_kept_from_children_and_dumps";
+    alone(test, || {
+        let seen = Arc::new(Mutex::new(Vec::new()));
+        let sink = Arc::clone(&seen);
+        let pool = pools::builder(PageSize::Base4K, 1)
+            .threads(1)
+            .on_progress(move |_| {
+                let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
+                let views = maps
+                    .lines()
+                    .filter(|line| line.contains("memfd:vm-scrub-shared"));
+                for view in views.filter(|line| line.contains(" r--s ")) {
+                    let start = view.split_once('-').unwrap().0;
+                    let start = usize::from_str_radix(start, 16).unwrap();
+                    sink.lock().unwrap().extend(mappings(start..start + 1));
+                }
+            })
+            .build()
+            .unwrap();
+        let shareable = LeaseOptions::new().shareable(true);
+        let lease = pool
+            .lease_with(&regions(&[(0, BLOCK_SIZE)]), shareable)
+            .unwrap();
+        fill(&lease, 1);
+        assert!(teardown(lease).is_proven());
+        let seen = seen.lock().unwrap();
+        assert!(!seen.is_empty(), "nothing was read back");
+        for view in &*seen {
+            assert!(view.has("dc") && view.has("dd"), "{view:?}");
+        }
+    });
 }

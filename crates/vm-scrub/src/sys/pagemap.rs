@@ -243,6 +243,8 @@ impl Pagemap {
 mod tests {
     use super::*;
 
+    use crate::sys::map;
+    use crate::test_support::skipped;
     use std::hint::black_box;
     use std::sync::atomic::{AtomicUsize, Ordering};
 
@@ -285,6 +287,34 @@ mod tests {
             }
             assert_eq!(found, 0);
         }
+    }
+
+    /// What takes a page's place in the page table counts, as what is swapped out does.
+    #[test]
+    fn a_guard_page_is_found_as_something_that_is_not_in_memory() {
+        /// `MADV_GUARD_INSTALL` of `asm-generic/mman-common.h`, Linux 6.13.
+        const MADV_GUARD_INSTALL: libc::c_int = 102;
+        let memory = map::reserve(4 * PAGE).unwrap();
+        // SAFETY: the range was reserved just now.
+        let guarded = unsafe {
+            map::map_anonymous(memory, 4 * PAGE).unwrap();
+            libc::madvise(memory.wrapping_add(PAGE).cast(), PAGE, MADV_GUARD_INSTALL)
+        };
+        let start = memory.addr();
+        let (mut found, mut present) = (Vec::new(), Vec::new());
+        let pagemap = Pagemap::open().unwrap();
+        let scanned = pagemap.scan(start..start + 4 * PAGE, |range| found.push(range));
+        let kinds = pagemap.scan_kinds(start..start + 4 * PAGE, |_, kind| {
+            present.push(kind.present);
+        });
+        // SAFETY: as above, and nobody refers to it.
+        unsafe { map::unmap(memory, 4 * PAGE) }.unwrap();
+        if guarded != 0 || scanned.is_err() {
+            return skipped("this kernel has no guard pages, or no PAGEMAP_SCAN");
+        }
+        kinds.unwrap();
+        assert_eq!(found, [start + PAGE..start + 2 * PAGE]);
+        assert_eq!(present, [false]);
     }
 
     #[test]
