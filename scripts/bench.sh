@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Runs every benchmark and keeps the results in benches/results/<date>-<cpu>/, or in the directory that is named:
-# raw JSON, the page with the plots, Markdown, CSV, one plot as SVG, and what the host was like. Options of `vm-scrub bench` may follow.
+# raw JSON, the page with the plots, Markdown, CSV, one plot as SVG, how soon background scrubbing makes way, and what the host was like. Options of `vm-scrub bench` may follow.
 #
 # usage: scripts/bench.sh [DIR [OPTION...]]
 set -euo pipefail
@@ -41,5 +41,8 @@ target/release/vm-scrub bench all \
     --export-json "$dir/results.json" --export-html "$dir/results.html" \
     --export-markdown "$dir/results.md" --export-csv "$dir/results.csv" \
     --export-svg "$dir/turnaround.svg" "$@" || status=$?
+# How soon background scrubbing makes way: of the library alone, so criterion measures it.
+cargo bench --locked -p vm-scrub-benches --bench interruption -- --warm-up-time 1 --measurement-time 3 >"$dir/interruption.txt" ||
+    status=$?
 printf '\nkept in %s\n' "$dir"
 exit "$status"

@@ -30,7 +30,7 @@
 //! - **Zero at the start.** Every byte of a lease is zero when the lease is made.
 //! - **Nothing unproven is leased.** Memory enters the free list only out of verification: the steps are types, and
 //!   'recycled but not verified' does not compile (see [`lease::teardown`]). What cannot be proven clean is quarantined,
-//!   counted, and never leased again. So is memory whose lease was dropped or lost in a panic, unless it is certain that
+//!   counted, and not leased again ([`Pool::withheld`] has the exceptions). So is memory whose lease was dropped or lost in a panic, unless it is certain that
 //!   the guest is stopped; then it is torn down on the spot. A lease that is forgotten stays leased.
 //! - **Out of reach first.** Before the first zero is written the guest's address window no longer leads to the memory, in
 //!   one step of the kernel: a late vCPU, device thread or forgotten pointer faults, and does not meet the next guest.
@@ -50,8 +50,8 @@
 //! - **Copies elsewhere.** Registers, CPU caches of other kinds than data, swap, pages that the kernel migrated, the page
 //!   cache, and whatever devices or the VMM copied out of guest memory are not found. Do not swap; keep KSM off.
 //! - **DMA, everywhere.** Moving pages away does not unpin them. Pages that are pinned, or shared with another process, when they
-//!   are taken away are found and quarantined where the receipt says [`Revocation::Move`]: 4 KiB and whole transparent huge
-//!   pages, from Linux 6.8 on. Elsewhere, that no device still writes is the VMM's word, part of the [`Quiesced`] statement.
+//!   are taken away are found and quarantined where the receipt says [`Revocation::Move`] (4 KiB and whole transparent huge
+//!   pages, from Linux 6.8 on) or [`Revocation::Sealed`] (shareable leases). Elsewhere, that no device still writes is the VMM's word, part of the [`Quiesced`] statement.
 //! - **Back-ends that mean harm.** A process that was given shareable memory can keep it in quarantine for as long as it likes
 //!   (by a mapping) or for good (by a write at the last moment, or a seal of its own), and can kill the VMM by punching holes
 //!   into memory that the host cannot supply again. It does not reach other guests' memory.
@@ -69,6 +69,7 @@
 //! | `vm-memory` | with `kvm` | [`Pool`], [`Lease`] and everything about them |
 //! | `rayon` | yes | scrubbing with several threads |
 //! | `serde` | no | receipts and accounts can be serialised |
+//! | `test-support` | no | ways to break the scrubber on purpose, for this project's own tests: not for production |
 //!
 //! Without any, the crate is the scrubber alone, on libc and log: [`scrub`] and [`scrub_raw`], for memory that something else
 //! allocated.
@@ -77,7 +78,7 @@
 //!
 //! Linux 5.10 and later with 4 KiB pages, on x86_64, with glibc or musl. aarch64 is written for; its unit tests pass under emulation,
 //! and nothing was run on hardware yet. What newer kernels have is used where it is there, and the log says what is done
-//! instead where it is not: `MADV_POPULATE_WRITE` (Linux 5.14), or the kernel touches each page (`FUTEX_WAKE_OP`); `PAGEMAP_SCAN`
+//! instead where it is not: `UFFDIO_MOVE` (Linux 6.8), or `mremap` without the proof that nothing is pinned; `MADV_POPULATE_WRITE` (5.14), or the kernel touches each page (`FUTEX_WAKE_OP`); `PAGEMAP_SCAN`
 //! (6.7), or the pagemap is read; `PROCMAP_QUERY` (6.11), or `/proc/self/maps` is read.
 
 #![cfg_attr(

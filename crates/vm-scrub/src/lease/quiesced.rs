@@ -23,7 +23,7 @@ impl Quiesced {
     ///
     /// No vCPU, device, DMA mapping or thread may access the lease's memory from now on, through any address. What still
     /// reaches it through the lease's own addresses is stopped by revocation and faults; what was pinned for DMA is found by
-    /// [`Revocation::Move`](crate::Revocation::Move) and by no other.
+    /// [`Revocation::Move`](crate::Revocation::Move) and [`Revocation::Sealed`](crate::Revocation::Sealed), and by no other.
     pub unsafe fn assert(lease: &Lease) -> Self {
         Self::of(lease.id)
     }

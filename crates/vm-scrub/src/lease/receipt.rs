@@ -120,7 +120,8 @@ pub struct ScrubReceipt {
     pub bytes_scrubbed: u64,
     /// Bytes that the guest never made the kernel supply; they have no content.
     pub bytes_never_populated: u64,
-    /// Bytes that are never leased again.
+    /// Bytes that are not leased again; of shareable leases other memory may take their place later
+    /// ([`Pool::withheld`](crate::Pool::withheld)).
     pub bytes_quarantined: u64,
     /// Bytes of `bytes_scrubbed` that were read back and found to be zero.
     pub bytes_verified: u64,

@@ -135,7 +135,7 @@ pub fn scrub(memory: &mut [u8], policy: &Policy) -> Result<Scrubbed, ScrubError>
 ///
 /// Where the range is private anonymous memory, pages that were never populated have no content and are skipped: a guest of
 /// 1 GiB that touched 64 KiB costs 64 KiB. The kernel is asked which these are, from 256 KiB on; what it does not answer is
-/// scrubbed.
+/// scrubbed. If a pager of the VMM's (`userfaultfd(2)`) supplies such pages later, that is not known here: unregister the range before.
 ///
 /// The loops are the fastest of those that were measured on this host, never a guess. A process that has built a pool has measured
 /// already ([`calibration`](crate::calibration)). One that has not does it in the first call that finds 64 MiB or more to

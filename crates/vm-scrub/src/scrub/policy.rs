@@ -100,7 +100,8 @@ impl Policy {
     /// shorter, is reported as with [`memory_errors`](crate::memory_errors), without a handler of signals. What breaks when it
     /// is touched is not found. Off by default.
     ///
-    /// On Zen 5, a gigabyte takes 4 ms longer if its pages are huge, 70 if they are of 4 KiB: more than zeroing it.
+    /// The kernel looks at every page for that. If they are huge it costs little; if they are of 4 KiB it can take longer than zeroing
+    /// them.
     pub fn probe(mut self, probe: bool) -> Self {
         self.probe = probe;
         self
