@@ -313,7 +313,10 @@ mod tests {
             return skipped("this kernel has no guard pages, or no PAGEMAP_SCAN");
         }
         kinds.unwrap();
-        assert_eq!(found, [start + PAGE..start + 2 * PAGE]);
+        assert_eq!(
+            found,
+            std::slice::from_ref(&(start + PAGE..start + 2 * PAGE))
+        );
         assert_eq!(present, [false]);
     }
 

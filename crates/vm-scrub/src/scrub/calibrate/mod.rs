@@ -97,36 +97,34 @@ pub fn calibration() -> &'static Calibration {
     if let Some(done) = CALIBRATION.get() {
         return done;
     }
-    let (done, attempts) = {
+    let measured = {
         // What it guards is the processor: two who measure at the same time disturb each other.
         let mut failed = FAILED.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(done) = CALIBRATION.get() {
             return done;
         }
         let may_try = *failed < TRIES;
-        let measured = may_try.then(|| Calibration::measure(BUDGET)).flatten();
-        if may_try && measured.is_none() {
-            *failed += 1;
+        match may_try.then(|| Calibration::measure(BUDGET)).flatten() {
+            Some(calibration) => Ok(CALIBRATION.get_or_init(|| calibration)),
+            None => {
+                *failed += u32::from(may_try);
+                Err(may_try.then_some(*failed))
+            }
         }
-        let done = measured.map(|calibration| CALIBRATION.get_or_init(|| calibration));
-        (done, may_try.then_some(*failed))
     };
     // Without the lock: the embedder's logger may scrub something, or build a pool.
-    match (done, attempts) {
-        (Some(done), _) => {
+    match measured {
+        Ok(done) => {
             done.log("loops measured");
-            done
+            return done;
         }
-        (None, attempts) => {
-            if let Some(attempts) = attempts {
-                log::warn!(
-                    "loops not measured beyond {SMALLEST} bytes: the host is too busy or has too little memory ({attempts} of \
-                     {TRIES} attempts)"
-                );
-            }
-            quick_calibration()
-        }
+        Err(Some(attempts)) => log::warn!(
+            "loops not measured beyond {SMALLEST} bytes: the host is too busy or has too little memory ({attempts} of {TRIES} \
+             attempts)"
+        ),
+        Err(None) => {}
     }
+    quick_calibration()
 }
 
 /// The same for whoever is about to scrub `bytes` bytes and has no pool: what was measured already, or else as much as is worth
