@@ -126,7 +126,7 @@ fn what_cannot_be_given_back_stays() {
     let lease = whole(&pool);
     fill(&lease, 1);
     // Behind the advice with which the memory is taken away from the guest.
-    let fault = inject(Call::Madvise, 6, u32::MAX, libc::ENOMEM);
+    let fault = inject(Call::Madvise, 8, u32::MAX, libc::ENOMEM);
     let receipt = teardown(lease);
     assert_eq!(fault.hits(), 4, "block by block");
     drop(fault);
