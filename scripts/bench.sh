@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Runs every benchmark and keeps the results in benches/results/<date>-<cpu>/, or in the directory that is named:
-# raw JSON, the page with the plots, Markdown, CSV, one plot as SVG, how soon background scrubbing makes way, and what the host was like. Options of `vm-scrub bench` may follow.
+# raw JSON, the page with the plots, Markdown, CSV, one plot as SVG, how soon background scrubbing makes way, and what the host was
+# like. Options of `vm-scrub bench` may follow.
 #
 # usage: scripts/bench.sh [DIR [OPTION...]]
 set -euo pipefail
@@ -17,11 +18,13 @@ fact() {
     printf '%s: %s\n' "$1" "$(cat "$1" 2>/dev/null || echo none)"
 }
 
+# Before anything is written: the results are in the repository.
+commit=$(git describe --always --dirty 2>/dev/null || echo 'of an unknown commit')
 cargo build --locked --release -p vm-scrub-cli
 mkdir -p "$dir"
 {
     date -u +%Y-%m-%dT%H:%M:%SZ
-    echo "vm-scrub $(git describe --always --dirty 2>/dev/null || echo 'of an unknown commit')"
+    echo "vm-scrub $commit"
     uname -srm
     rustc --version
     lscpu 2>/dev/null || cat /proc/cpuinfo
