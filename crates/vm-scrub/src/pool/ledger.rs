@@ -199,6 +199,20 @@ mod tests {
     ];
 
     #[test]
+    fn accounts_that_nobody_has_are_added_without_a_panic() {
+        let some = Accounts {
+            clean: 1,
+            leased: 2,
+            dirty: 4,
+            quarantined: 8,
+        };
+        assert_eq!(some.total(), 15);
+        // The fields are public, and may have been read from a file.
+        let dirty = u64::MAX;
+        assert_eq!(Accounts { dirty, ..some }.total(), u64::MAX);
+    }
+
+    #[test]
     fn the_table_of_states() {
         use Account::{Clean, Dirty, Leased, Quarantined};
         for from in ALL {
