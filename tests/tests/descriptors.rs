@@ -78,10 +78,8 @@ fn the_pagemap_of_another_process_is_not_asked_instead() {
             };
             let pagemap = format!("/proc/{other}/pagemap");
             // SAFETY: as in `close_what_is_unknown`.
-            assert_eq!(
-                unsafe { libc::syscall(libc::SYS_close_range, 3, libc::c_uint::MAX, 0) },
-                0
-            );
+            let closed = unsafe { libc::syscall(libc::SYS_close_range, 3, libc::c_uint::MAX, 0) };
+            assert_eq!(closed, 0);
             let files: Vec<_> = (0..16).map(|_| File::open(&pagemap).unwrap()).collect();
             for (pool, lease) in pools {
                 let receipt = teardown(lease);

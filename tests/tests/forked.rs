@@ -1,6 +1,7 @@
 //! A forked child has an address space of its own, and what the parent has found out about its own does not hold there.
 
 use std::io::{Read, Write};
+use std::ops::Range;
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -152,10 +153,11 @@ fn is_forked<T>(result: &Result<T, TeardownError>) -> bool {
 }
 
 /// Memory of a child's own where its parent has something else; whether it has stayed as it was.
-struct Own(Vec<std::ops::Range<usize>>);
+struct Own(Vec<Range<usize>>);
 
 impl Own {
-    fn over(ranges: Vec<std::ops::Range<usize>>) -> Self {
+    fn over(ranges: impl IntoIterator<Item = Range<usize>>) -> Self {
+        let ranges = Vec::from_iter(ranges);
         for range in &ranges {
             let at = std::ptr::without_provenance_mut::<u8>(range.start);
             // SAFETY: a mapping where nothing is, in this process.
@@ -202,13 +204,15 @@ fn a_child_does_nothing_to_memory_on_its_way_back() {
     let view = maps
         .lines()
         .find(|line| line.contains("memfd:vm-scrub-shared"));
-    let mut places = vec![arena..arena + pool.capacity() as usize];
-    places.extend(view.map(|line| {
+    let view = view.map(|line| {
         let (range, _) = line.split_once(' ').unwrap();
         let (start, end) = range.split_once('-').unwrap();
         let address = |text| usize::from_str_radix(text, 16).unwrap();
         address(start)..address(end)
-    }));
+    });
+    let places = Some(arena..arena + pool.capacity() as usize)
+        .into_iter()
+        .chain(view);
     let mut kept = Some((at_once, in_steps, shared));
     in_a_child(|| {
         let (at_once, in_steps, shared) = kept.take().unwrap();
@@ -249,7 +253,7 @@ fn a_childs_tickets_are_refused() {
         })
         .collect();
     in_a_child(|| {
-        let own = Own::over(vec![arena..arena + pool.capacity() as usize]);
+        let own = Own::over(Some(arena..arena + pool.capacity() as usize));
         let mut next = || tickets.pop().unwrap();
         let (waited, watched, cancelled, looked_at) = (next(), next(), next(), next());
         looked_at.set_priority(Priority::High);
