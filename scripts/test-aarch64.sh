@@ -28,6 +28,8 @@ skip backing::anonymous::tests::what_is_lent_is_the_kernels 'it locks no memory 
 skip backing::shared::tests::what_was_populated_is_there 'nor does it populate anything'
 skip scrub::calibrate::tests::what_was_measured_on_is_unmapped \
     'QEMU goes on to new addresses where the kernel uses old ones again'
+skip sys::fork::tests::a_child_has_another_number_than_its_parent_and_keeps_it \
+    'it empties no page for a child (MADV_WIPEONFORK)'
 skip sys::map::tests::a_move_that_fails_leaves_no_hole 'it limits no memory (RLIMIT_DATA)'
 skip sys::pagemap::tests::what_another_file_says_is_not_believed \
     'QEMU says of its own that there is no such ioctl, whatever the file'
