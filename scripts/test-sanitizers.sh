@@ -12,6 +12,8 @@ target=$(uname -m)-unknown-linux-gnu
 # What runs under neither: KVM guests are not instrumented, and the others meet the sanitizer's own memory and system calls.
 declare -A left_out=(
     [address_space]='limits address space, of which the sanitizer has reserved terabytes, and counts the mappings of the process'
+    [limits]='limits memory and mappings, and the sanitizer ends the process where it gets none'
+    [lock_memory]='locks memory, of which sanitizers make nothing'
     [locked]='locks all memory of the process, the shadow included'
     [numa]='counts system calls and threads of the process'
     [seccomp]='forbids system calls that the sanitizer makes'
@@ -27,6 +29,9 @@ skipped=(
     --skip one_page_is_measured              # these three: no loop is measured where the environment names one
     --skip a_measured_loop_comes_with_its_rates
     --skip a_proven_receipt
+    --skip locked_drop                       # these two: munlock, as above
+    --skip locked_teardown
+    --skip it_is_the_end                     # SIGBUS, which the sanitizer handles itself
 )
 # What has more than one thread to it: the rest would be a slow way of running it.
 threaded=(background check_on_grant concurrent dropped life_cycle revocation shared shared_unfinished windows)
