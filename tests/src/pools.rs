@@ -2,9 +2,11 @@
 
 use vm_memory::GuestAddress;
 use vm_scrub::lease::Outcome;
-use vm_scrub::{BLOCK_SIZE, Lease, PageSize, Pool, PoolBuilder, Quiesced, ScrubReceipt, Verify};
+use vm_scrub::{
+    BLOCK_SIZE, Lease, LeaseOptions, PageSize, Pool, PoolBuilder, Quiesced, ScrubReceipt, Verify,
+};
 
-use crate::assert_all_zero;
+use crate::{assert_all_zero, fill};
 
 /// The smallest page, in bytes.
 pub const PAGE: u64 = 4096;
@@ -110,4 +112,14 @@ pub fn assert_nothing_dirty_left(pool: &Pool) {
         assert!(teardown(lease).bytes_quarantined == 0);
     }
     assert_eq!(pool.accounts(), before);
+}
+
+/// A shareable lease of one block, written all over.
+pub fn dirty_shareable_block(pool: &Pool) -> Lease {
+    let options = LeaseOptions::new().shareable(true);
+    let lease = pool
+        .lease_with(&regions(&[(0, BLOCK_SIZE)]), options)
+        .unwrap();
+    fill(&lease, 0x5e);
+    lease
 }

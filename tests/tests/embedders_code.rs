@@ -326,11 +326,7 @@ fn a_logger_that_panics_loses_nothing_that_is_withheld() {
             .threads(1)
             .build()
             .unwrap();
-        let shareable = LeaseOptions::new().shareable(true);
-        let lease = pool
-            .lease_with(&regions(&[(0, BLOCK_SIZE)]), shareable)
-            .unwrap();
-        fill(&lease, 1);
+        let lease = pools::dirty_shareable_block(&pool);
         let mut peer = Peer::with(&lease.file_offsets()[0].1.arc().clone());
         peer.map();
         torn_down(lease).unwrap_err();

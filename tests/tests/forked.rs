@@ -278,11 +278,7 @@ fn a_child_seals_nothing_that_its_parent_withholds() {
         .threads(1)
         .build()
         .unwrap();
-    let options = LeaseOptions::new().shareable(true);
-    let lease = pool
-        .lease_with(&regions(&[(0, BLOCK_SIZE)]), options)
-        .unwrap();
-    fill(&lease, 0x5e);
+    let lease = pools::dirty_shareable_block(&pool);
     let file = lease.file_offsets()[0].1.arc().try_clone().unwrap();
     // SAFETY: a mapping at a place of the kernel's choice.
     let peer = unsafe {

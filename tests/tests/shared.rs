@@ -445,12 +445,7 @@ fn what_is_read_back_of_a_sealed_file_is_kept_from_children_and_dumps() {
             })
             .build()
             .unwrap();
-        let shareable = LeaseOptions::new().shareable(true);
-        let lease = pool
-            .lease_with(&regions(&[(0, BLOCK_SIZE)]), shareable)
-            .unwrap();
-        fill(&lease, 1);
-        assert!(teardown(lease).is_proven());
+        assert!(teardown(pools::dirty_shareable_block(&pool)).is_proven());
         let seen = seen.lock().unwrap();
         assert!(!seen.is_empty(), "nothing was read back");
         for view in &*seen {

@@ -126,7 +126,7 @@ impl PoolBuilder {
     /// How memory is taken away from guests, and so whether pages that are pinned for DMA or shared with other processes are
     /// found. They are, by default, where the kernel can tell: Linux 6.8 and later, 4 KiB and transparent huge pages.
     ///
-    /// It costs nothing to speak of for huge pages. With 4 KiB pages a turnaround takes 19 to 36 ms a gigabyte longer than with
+    /// It costs nothing to speak of for huge pages. With 4 KiB pages a turnaround takes 20 to 36 ms a gigabyte longer than with
     /// [`RevokeBy::Mremap`] (the kept runs in `benches/results`).
     pub fn revoke_by(mut self, by: RevokeBy) -> Self {
         self.revoke_by = by;

@@ -68,7 +68,8 @@ impl Bucket {
         let per_second = rate.bytes_per_second.max(1) as f64;
         let passed = now.saturating_sub(self.filled).as_secs_f64();
         self.tokens = (self.tokens + passed * per_second).min(rate.burst as f64);
-        self.filled = now;
+        // Whoever asked the clock earlier may come later.
+        self.filled = self.filled.max(now);
         // A wait of more than a day is as good as any.
         Duration::from_secs_f64((-self.tokens / per_second).clamp(0.0, 86_400.0))
     }
@@ -108,7 +109,7 @@ impl Throttle {
         let now = self.clock.now();
         let mut bucket = self.bucket();
         bucket.wait(now);
-        bucket.filled = now;
+        bucket.filled = bucket.filled.max(now);
         if bucket.rate.is_none() {
             bucket.tokens = rate.map_or(0.0, |rate| rate.burst as f64);
         }
@@ -193,6 +194,24 @@ mod tests {
             let slack = (pieces.len() + 1) as f64 * 1e-8 + 0.0006;
             prop_assert!(clock.now().as_secs_f64() <= needed + slack, "too slow");
         }
+    }
+
+    #[test]
+    fn who_asked_the_clock_earlier_is_given_nothing_twice() {
+        let rate = ScrubRate {
+            bytes_per_second: 1000,
+            burst: 10_000,
+        };
+        let mut bucket = Bucket {
+            rate: Some(rate),
+            tokens: -5000.0,
+            filled: Duration::ZERO,
+        };
+        let (earlier, later) = (Duration::from_millis(500), Duration::from_secs(1));
+        let wait = bucket.wait(later);
+        assert_eq!(wait, Duration::from_secs(4));
+        assert_eq!(bucket.wait(earlier), wait);
+        assert_eq!(bucket.wait(later), wait);
     }
 
     #[test]
