@@ -1,7 +1,6 @@
 //! Memory that raises `SIGBUS` while it is zeroed or read back: the process goes on, the page is quarantined and named, and
 //! nothing else is lost.
 
-use std::fs::File;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
 use std::os::unix::process::ExitStatusExt;
@@ -433,94 +432,58 @@ fn of_shared_memory_all_is_kept() {
     });
 }
 
-/// A shareable lease that is in quarantine because somebody can write to it, and who writes once more: to what is about to break,
-/// where nothing was before, and behind it.
-fn withheld_with_a_page_that_breaks(late: bool) -> (Pool, Arc<File>, *mut libc::c_void) {
-    memory_errors::install().unwrap();
-    let builder = pools::builder(PageSize::Base4K, 5).threads(1);
-    let offset = BROKEN as usize;
-    let pool = build_sabotaged(builder, Sabotage::BreakMemory { offset, late }).unwrap();
-    let options = LeaseOptions::new().shareable(true);
-    let lease = pool.lease_with(&regions(&[(0, WITHHELD)]), options);
-    let lease = lease.unwrap();
-    let file = Arc::clone(lease.file_offsets()[0].1.arc());
-    let protection = libc::PROT_READ | libc::PROT_WRITE;
-    // SAFETY: a new mapping wherever the kernel likes, of memory that nothing refers to.
-    let writable = unsafe {
-        let (shared, fd) = (libc::MAP_SHARED, file.as_raw_fd());
-        libc::mmap(null_mut(), WITHHELD as usize, protection, shared, fd, 0)
-    };
-    assert_ne!(writable, libc::MAP_FAILED);
-    let receipt = taken_back(lease, Way::AtOnce);
-    assert_eq!(receipt.bytes_quarantined, WITHHELD);
-    // The background pauses longer after each attempt in vain, and is not to come while this is going on.
-    for attempts in 1..=5 {
-        assert_eq!(pool.reclaim(), 0);
-        assert_eq!(pool.withheld()[0].attempts, attempts);
-    }
-    file.write_all_at(&[1; PAGE as usize], BROKEN).unwrap();
-    let behind = vec![1; (WITHHELD - BEHIND) as usize];
-    file.write_all_at(&behind, BEHIND).unwrap();
-    (pool, file, writable)
-}
-
-const WITHHELD: u64 = 5 * BLOCK_SIZE;
-const BEHIND: u64 = 2 * BLOCK_SIZE;
-
-fn let_go(writable: *mut libc::c_void) {
-    // SAFETY: the mapping is the test's own, and nothing refers to it.
-    assert_eq!(unsafe { libc::munmap(writable, WITHHELD as usize) }, 0);
-}
-
-fn assert_known_to_be_broken(pool: &Pool) {
-    let [withheld] = &pool.withheld()[..] else {
-        panic!("it came back");
-    };
-    assert!(withheld.for_good, "{withheld:?}");
-    assert!(withheld.reason.contains("memory error"), "{withheld:?}");
-    assert_eq!(pool.accounts().quarantined, WITHHELD);
-}
-
+/// A shareable lease is in quarantine because somebody can write to it, who does so once more before letting go. What breaks then has
+/// other memory in its place, which an attempt after that would find in order.
 #[test]
 fn what_breaks_when_it_is_tried_again_does_not_come_back() {
     let name = "what_breaks_when_it_is_tried_again_does_not_come_back";
     alone(name, || {
+        memory_errors::install().unwrap();
         for late in [false, true] {
-            let (pool, _file, writable) = withheld_with_a_page_that_breaks(late);
-            let_go(writable);
-            assert_eq!(pool.reclaim(), 0);
-            assert_known_to_be_broken(&pool);
+            let builder = pools::builder(PageSize::Base4K, 3).threads(1);
+            let offset = BROKEN as usize;
+            let pool = build_sabotaged(builder, Sabotage::BreakMemory { offset, late }).unwrap();
+            let bytes = 3 * BLOCK_SIZE;
+            let options = LeaseOptions::new().shareable(true);
+            let lease = pool.lease_with(&regions(&[(0, bytes)]), options).unwrap();
+            let file = Arc::clone(lease.file_offsets()[0].1.arc());
+            let (protection, fd) = (libc::PROT_READ | libc::PROT_WRITE, file.as_raw_fd());
+            // SAFETY: a new mapping wherever the kernel likes, of memory that nothing refers to.
+            let writable = unsafe {
+                libc::mmap(
+                    null_mut(),
+                    bytes as usize,
+                    protection,
+                    libc::MAP_SHARED,
+                    fd,
+                    0,
+                )
+            };
+            assert_ne!(writable, libc::MAP_FAILED);
+            assert_eq!(taken_back(lease, Way::AtOnce).bytes_quarantined, bytes);
+            // The background pauses longer after each attempt in vain, and is not to come while this is going on.
+            for attempts in 1..=5 {
+                assert_eq!(pool.reclaim(), 0);
+                let [withheld] = &pool.withheld()[..] else {
+                    panic!("it came back");
+                };
+                assert!(!withheld.for_good && withheld.attempts == attempts);
+            }
+            file.write_all_at(&[1; PAGE as usize], BROKEN).unwrap();
+            // SAFETY: the mapping is the test's own, and nothing refers to it.
+            assert_eq!(unsafe { libc::munmap(writable, bytes as usize) }, 0);
+            for _ in 0..2 {
+                assert_eq!(pool.reclaim(), 0);
+                let [withheld] = &pool.withheld()[..] else {
+                    panic!("it came back");
+                };
+                let reason = &withheld.reason;
+                assert!(
+                    withheld.for_good && reason.contains("memory error"),
+                    "{reason}"
+                );
+            }
+            assert_eq!(pool.accounts().quarantined, bytes);
         }
-    });
-}
-
-/// The next attempt would find other memory in its place, and that in order.
-#[test]
-fn what_an_attempt_that_is_broken_off_found_broken_does_not_come_back() {
-    let name = "what_an_attempt_that_is_broken_off_found_broken_does_not_come_back";
-    alone(name, || {
-        let (pool, file, writable) = withheld_with_a_page_that_breaks(false);
-        pool.set_scrub_rate(Some(ScrubRate {
-            bytes_per_second: 2 << 20,
-            burst: 0,
-        }));
-        let_go(writable);
-        // The background works from the front to the back, and slowly.
-        let mut first = [1];
-        while first == [1] {
-            std::thread::sleep(Duration::from_millis(1));
-            file.read_exact_at(&mut first, BEHIND).unwrap();
-        }
-        let mut last = [0];
-        file.read_exact_at(&mut last, WITHHELD - 1).unwrap();
-        assert_eq!(last, [1], "it is done already");
-        // Nothing to do is left there, so it would not break once more.
-        let how = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
-        let (at, len) = (BROKEN as libc::off_t, PAGE as libc::off_t);
-        // SAFETY: the file is the test's as well, and nothing in this process refers to its memory.
-        let punched = unsafe { libc::fallocate(file.as_raw_fd(), how, at, len) };
-        assert_eq!(punched, 0);
-        assert_eq!(pool.reclaim(), 0);
-        assert_known_to_be_broken(&pool);
     });
 }

@@ -57,20 +57,23 @@ pub struct Fault {
 const ERRNOS: [i32; 4] = [libc::ENOMEM, libc::EFAULT, libc::EAGAIN, libc::EBUSY];
 
 /// The calls that leasing and returning make on kernels of today.
-const CALLS: [Call; 14] = [
+const CALLS: [Call; 17] = [
     Call::Mmap,
     Call::Munmap,
     Call::Mremap,
     Call::Mprotect,
+    Call::Getrlimit,
     Call::Madvise,
     Call::Populate,
     Call::MemfdCreate,
     Call::Ftruncate,
+    Call::Fstat,
     Call::AddSeals,
     Call::SeekData,
     Call::PagemapScan,
     Call::Munlock,
     Call::UffdRegister,
+    Call::UffdUnregister,
     Call::UffdMove,
 ];
 
