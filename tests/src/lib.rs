@@ -16,6 +16,7 @@ pub mod maps;
 pub mod model;
 pub mod numa;
 pub mod numbers;
+pub mod older;
 pub mod peer;
 pub mod pinned;
 pub mod pools;

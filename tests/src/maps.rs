@@ -1,5 +1,6 @@
 //! What the kernel says about this process's address space.
 
+use crate::older::release;
 use std::fs;
 use std::ops::Range;
 use vm_scrub::test_support::Call;
@@ -7,22 +8,22 @@ use vm_scrub::{PageSize, Revocation};
 
 /// Whether the kernel has `PAGEMAP_SCAN`, which tells the shared zero page from others.
 pub fn has_pagemap_scan() -> bool {
-    is_at_least(6, 7)
+    release() >= (6, 7)
 }
 
 /// Whether the kernel has `PROCMAP_QUERY`.
 pub fn has_procmap_query() -> bool {
-    is_at_least(6, 11)
+    release() >= (6, 11)
 }
 
 /// Whether the kernel has `MADV_POPULATE_WRITE`.
 pub fn has_populate_write() -> bool {
-    is_at_least(5, 14)
+    release() >= (5, 14)
 }
 
 /// Whether the kernel has `UFFDIO_MOVE`.
 pub fn has_uffdio_move() -> bool {
-    is_at_least(6, 8)
+    release() >= (6, 8)
 }
 
 /// How memory of these pages is taken away from guests here, if nobody says otherwise.
@@ -32,13 +33,6 @@ pub fn revocation(page_size: PageSize) -> Revocation {
         _ if has_uffdio_move() => Revocation::Move,
         _ => Revocation::Mremap,
     }
-}
-
-fn is_at_least(major: u32, minor: u32) -> bool {
-    let release = fs::read_to_string("/proc/sys/kernel/osrelease").expect("Linux says its release");
-    let mut numbers = release.split(|c: char| !c.is_ascii_digit());
-    let mut number = || numbers.next()?.parse::<u32>().ok();
-    (number(), number()) >= (Some(major), Some(minor))
 }
 
 /// The call by which this kernel is asked what is populated.

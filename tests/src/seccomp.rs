@@ -41,11 +41,6 @@ pub fn number(name: &str) -> Option<libc::c_long> {
 /// # Errors
 /// Where the kernel has no filters, or does not let this process have one.
 pub fn install(allowed: &[libc::c_long], denied: &[libc::c_long]) -> io::Result<()> {
-    // linux/seccomp.h: offsets of `nr` and `arch` in `struct seccomp_data`.
-    const NUMBER: u32 = 0;
-    const ARCHITECTURE: u32 = 4;
-    let load = |offset| statement(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, offset);
-    let end = |action| statement(libc::BPF_RET | libc::BPF_K, action);
     let mut program = vec![
         load(ARCHITECTURE),
         skip_one_if(AUDIT_ARCH),
@@ -56,10 +51,59 @@ pub fn install(allowed: &[libc::c_long], denied: &[libc::c_long]) -> io::Result<
     let answers = [(denied, refused), (allowed, libc::SECCOMP_RET_ALLOW)];
     for (calls, action) in answers {
         for call in calls {
-            program.extend([skip_one_unless(*call as u32), end(action)]);
+            program.extend([skip_unless(*call as u32, 1), end(action)]);
         }
     }
     program.push(end(libc::SECCOMP_RET_KILL_PROCESS));
+    enforce(program)
+}
+
+/// A system call that is refused if one of its arguments says so.
+#[derive(Debug, Clone, Copy)]
+pub struct Refused {
+    /// The number of the call.
+    pub call: libc::c_long,
+    /// Which argument, from 0 to 5; its lower half is looked at.
+    pub argument: u32,
+    /// These of its bits …
+    pub mask: u32,
+    /// … are these.
+    pub value: u32,
+    /// The answer.
+    pub errno: i32,
+}
+
+/// From now on the threads of this process and what they execute get an error for those `refused`; all other calls are made as
+/// before.
+///
+/// # Errors
+/// As for [`install`].
+pub fn refuse(refused: &[Refused]) -> io::Result<()> {
+    let mut program = vec![
+        load(ARCHITECTURE),
+        skip_one_if(AUDIT_ARCH),
+        end(libc::SECCOMP_RET_ALLOW),
+    ];
+    for refused in refused {
+        program.extend([
+            load(NUMBER),
+            skip_unless(refused.call as u32, 4),
+            load(ARGUMENTS + 8 * refused.argument),
+            statement(libc::BPF_ALU | libc::BPF_AND | libc::BPF_K, refused.mask),
+            skip_unless(refused.value, 1),
+            end(libc::SECCOMP_RET_ERRNO | refused.errno as u32),
+        ]);
+    }
+    program.push(end(libc::SECCOMP_RET_ALLOW));
+    enforce(program)
+}
+
+// linux/seccomp.h: offsets of `nr`, `arch` and `args` in `struct seccomp_data`; the lower half of an argument comes first.
+const NUMBER: u32 = 0;
+const ARCHITECTURE: u32 = 4;
+const ARGUMENTS: u32 = 16;
+
+fn enforce(mut program: Vec<libc::sock_filter>) -> io::Result<()> {
     let filter = libc::sock_fprog {
         len: u16::try_from(program.len()).map_err(io::Error::other)?,
         filter: program.as_mut_ptr(),
@@ -87,6 +131,14 @@ pub fn install(allowed: &[libc::c_long], denied: &[libc::c_long]) -> io::Result<
     }
 }
 
+fn load(offset: u32) -> libc::sock_filter {
+    statement(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, offset)
+}
+
+fn end(action: u32) -> libc::sock_filter {
+    statement(libc::BPF_RET | libc::BPF_K, action)
+}
+
 fn statement(code: u32, k: u32) -> libc::sock_filter {
     instruction(code, 0, 0, k)
 }
@@ -95,8 +147,9 @@ fn skip_one_if(value: u32) -> libc::sock_filter {
     instruction(libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K, 1, 0, value)
 }
 
-fn skip_one_unless(value: u32) -> libc::sock_filter {
-    instruction(libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K, 0, 1, value)
+fn skip_unless(value: u32, statements: u8) -> libc::sock_filter {
+    let compare = libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K;
+    instruction(compare, 0, statements, value)
 }
 
 fn instruction(code: u32, jt: u8, jf: u8, k: u32) -> libc::sock_filter {

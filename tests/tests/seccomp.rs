@@ -21,6 +21,8 @@ const DOCUMENT: &str = include_str!("../../docs/system-calls.md");
 
 on_every_page_size!(
     what_the_document_lists_is_enough: 8,
+    it_is_enough_to_build_a_pool: 4,
+    it_is_enough_to_drop_a_pool: 4,
     shareable_leases_need_a_few_more: 16,
     without_fcntl_a_shareable_lease_is_not_sealed: 16,
     without_madvise: 8,
@@ -56,8 +58,15 @@ fn listed(title: &str, columns: &[&str], page_size: PageSize) -> BTreeSet<String
 
 /// What is let through: the `operations` on pools of these pages, and what the runtime calls meanwhile.
 fn allowed(operations: &[&str], page_size: PageSize) -> Vec<libc::c_long> {
-    let own = listed("vm-scrub", operations, page_size);
     let runtime = listed("The Rust runtime", &["afterwards"], page_size);
+    let own = listed("vm-scrub", operations, page_size);
+    own.union(&runtime).map(|name| number(name)).collect()
+}
+
+/// What is let through while a pool is built or dropped, and nothing else happens.
+fn allowed_to(stage: &str, page_size: PageSize) -> Vec<libc::c_long> {
+    let runtime = listed("The Rust runtime", &[stage], page_size);
+    let own = listed("vm-scrub", &[stage], page_size);
     own.union(&runtime).map(|name| number(name)).collect()
 }
 
@@ -143,6 +152,26 @@ fn what_the_document_lists_is_enough(page_size: PageSize) {
             done();
         },
     );
+}
+
+fn it_is_enough_to_build_a_pool(page_size: PageSize) {
+    alone(&name("it_is_enough_to_build_a_pool", page_size), || {
+        filter(&allowed_to("build", page_size), &[]);
+        let builder = Pool::builder().capacity(4 * BLOCK_SIZE);
+        let pool = builder.page_size(page_size).populate(true).build();
+        std::mem::forget(pool.unwrap());
+        done();
+    });
+}
+
+fn it_is_enough_to_drop_a_pool(page_size: PageSize) {
+    alone(&name("it_is_enough_to_drop_a_pool", page_size), || {
+        let pool = pool(page_size, 4);
+        assert!(teardown(guest(&pool, page_size)).is_proven());
+        filter(&allowed_to("drop", page_size), &[]);
+        drop(pool);
+        done();
+    });
 }
 
 fn shareable(pool: &Pool) -> Lease {

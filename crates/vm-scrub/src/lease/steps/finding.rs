@@ -38,6 +38,7 @@ impl Steps<Dirty> {
         let backing = &self.pool.backing;
         let ask = |part: usize| backing.residency(parts[part].clone());
         let answers = self.pool.engine.workers().map(parts.len(), ask);
+        let mut unanswered = Vec::new();
         for (part, answered) in parts.iter().zip(answers) {
             if let Ok(residency) = answered {
                 answer(residency);
@@ -49,11 +50,16 @@ impl Steps<Dirty> {
                 let whole = one.clone();
                 match self.pool.backing.residency(one) {
                     Ok(residency) => answer(residency),
-                    Err(error) if self.unanswered(block, &error) => broken.push(whole),
-                    Err(_) => {}
+                    Err(error) => {
+                        if is_broken(&error) {
+                            broken.push(whole);
+                        }
+                        unanswered.push((block, error));
+                    }
                 }
             }
         }
+        self.quarantine_unanswered(&unanswered);
         self.answered = answered + bytes_in(broken.iter().cloned());
         self.named = joined(self.named.drain(..).chain(broken));
         populated.sort_by_key(|range| range.start);
@@ -62,19 +68,30 @@ impl Steps<Dirty> {
         self.receipt.steps.residency_ns = nanos(begun.elapsed());
     }
 
-    /// Quarantines a block about which the kernel did not say what is populated. Whether it said why: it is broken.
-    fn unanswered(&mut self, block: u64, error: &SysError) -> bool {
-        let broken = error.errno() == Some(libc::EHWPOISON);
-        let reason = if broken {
-            log::error!("block {block} quarantined: {error}");
-            QuarantineReason::MemoryError
-        } else {
-            log::error!("block {block} quarantined, residency unknown: {error}");
-            QuarantineReason::ResidencyUnknown
+    /// Quarantines blocks about which the kernel did not say what is populated.
+    fn quarantine_unanswered(&mut self, unanswered: &[(u64, SysError)]) {
+        for (block, error) in unanswered {
+            let reason = if is_broken(error) {
+                QuarantineReason::MemoryError
+            } else {
+                QuarantineReason::ResidencyUnknown
+            };
+            self.lost.insert(*block, (reason, error.to_string()));
+            self.blocks.quarantine_blocks([*block]);
+        }
+        // One line for all in a row with the same answer: where there is no `/proc` that is the whole guest.
+        let same = |one: &(u64, SysError), next: &(u64, SysError)| {
+            one.0 + 1 == next.0 && one.1.to_string() == next.1.to_string()
         };
-        self.lost.insert(block, (reason, error.to_string()));
-        self.blocks.quarantine_blocks([block]);
-        broken
+        for row in unanswered.chunk_by(same) {
+            let ((first, error), blocks) = (&row[0], row.len());
+            let what = if is_broken(error) {
+                "memory error"
+            } else {
+                "residency unknown"
+            };
+            log::error!("{blocks} blocks from {first} on quarantined, {what}: {error}");
+        }
     }
 
     /// A job over everything that can hold data, which the kernel is asked about when the work gets there.
@@ -115,14 +132,16 @@ impl Steps<Dirty> {
             }
             return;
         }
+        let mut unanswered = Vec::new();
         for (part, error) in answers.failed {
-            let block = part.start as u64 / BLOCK_SIZE;
-            if self.unanswered(block, &error) {
-                self.named = joined(self.named.drain(..).chain([part]));
+            if is_broken(&error) {
+                self.named = joined(self.named.drain(..).chain([part.clone()]));
             } else {
                 self.answered -= part.len() as u64;
             }
+            unanswered.push((part.start as u64 / BLOCK_SIZE, error));
         }
+        self.quarantine_unanswered(&unanswered);
     }
 
     /// How many bytes are in blocks of which something could not be accessed.
@@ -150,6 +169,11 @@ impl Steps<Dirty> {
         }
         there
     }
+}
+
+/// Whether this is the kernel's answer about memory that it has found broken.
+fn is_broken(error: &SysError) -> bool {
+    error.errno() == Some(libc::EHWPOISON)
 }
 
 /// All of a file of `len` bytes: first the parts of its segments in their order, then what is between and behind them.
