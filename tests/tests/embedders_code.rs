@@ -294,6 +294,51 @@ fn a_logger_that_panics_once_does_so_once() {
     });
 }
 
+/// As one that writes to a standard error that is gone: the teardown panics, and so does what is dropped by that.
+#[test]
+fn a_logger_that_always_panics_does_not_end_the_process() {
+    struct Always;
+    impl Log for Always {
+        fn enabled(&self, _: &Metadata<'_>) -> bool {
+            true
+        }
+        fn log(&self, record: &Record<'_>) {
+            panic!("on purpose, at: {}", record.args());
+        }
+        fn flush(&self) {}
+    }
+    alone(
+        "a_logger_that_always_panics_does_not_end_the_process",
+        || {
+            let builder = pools::builder(PageSize::Base4K, 5).threads(1);
+            let pool = builder.revoke_by(RevokeBy::Mremap).build().unwrap();
+            let lease = || {
+                let lease = pool.lease(&regions(&[(0, BLOCK_SIZE)])).unwrap();
+                fill(&lease, 1);
+                lease
+            };
+            let [first, second, third] = [lease(), lease(), lease()];
+            let shareable = pools::dirty_shareable_block(&pool);
+            let owner = third.memory();
+            log::set_logger(&Always).unwrap();
+            log::set_max_level(LevelFilter::Trace);
+            {
+                let _fault = inject(Call::Mremap, 0, u32::MAX, libc::ENOMEM);
+                torn_down(first).unwrap_err();
+            }
+            // Dropped by a panic of the VMM's.
+            let panicked = catch_unwind(AssertUnwindSafe(|| {
+                let _dropped = (second, third, shareable);
+                panic!("on purpose")
+            }));
+            panicked.unwrap_err();
+            drop(owner);
+            assert_eq!(pool.accounts().quarantined, 4 * BLOCK_SIZE);
+            assert_eq!(pool.accounts().clean, BLOCK_SIZE);
+        },
+    );
+}
+
 /// Memory that was not revoked may still be in use: its window stays, also if the teardown ends there.
 #[test]
 fn a_logger_that_panics_unmaps_nothing_that_was_not_revoked() {

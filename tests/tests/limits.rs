@@ -3,16 +3,19 @@
 //!
 //! What cannot be done is an error, or quarantined with a reason; the books add up, and nothing dirty is leased.
 
+use log::Level;
 use std::ptr;
 
 use vm_scrub::lease::{LeaseError, QuarantineReason};
-use vm_scrub::{BLOCK_SIZE, Lease, LeaseOptions, PageSize, Pool, PoolBuilder, ScrubReceipt};
+use vm_scrub::{
+    BLOCK_SIZE, Lease, LeaseOptions, PageSize, Pool, PoolBuilder, Revocation, ScrubReceipt,
+};
 use vm_scrub_tests::child::{alone, with_huge_pages};
-use vm_scrub_tests::limits;
 use vm_scrub_tests::{
     HugePages, PAGE, assert_adds_up, assert_all_zero, assert_nothing_dirty_left, fill, huge_pages,
     pools, quiesce, regions, smear,
 };
+use vm_scrub_tests::{limits, logs};
 
 const BLOCKS: u64 = 8;
 const GUEST: [(u64, u64); 2] = [(0, 2 * BLOCK_SIZE), (1 << 32, BLOCK_SIZE)];
@@ -301,7 +304,10 @@ fn a_limit_on_data_leaves_no_hole() {
         // Less than the guest has.
         let leave = |bytes| limits::set(libc::RLIMIT_DATA, limits::in_status("VmData:") + bytes);
         leave(16 << 20);
+        logs::listen();
         let receipt = end(lease, false);
+        let unproven = pool.revocation() == Revocation::Move;
+        assert_eq!(logs::heard(Level::Warn, "RLIMIT_DATA"), unproven);
         leave(16 << 20);
         let refused = pool.lease(&all);
         limits::set(libc::RLIMIT_DATA, libc::RLIM_INFINITY);

@@ -66,6 +66,23 @@ fn each_guest_is_locked(page_size: PageSize) {
     }
 }
 
+/// All that the process has while a guest has its memory: the places to which that goes back, too.
+fn all_is_locked_while_a_guest_is_there(page_size: PageSize) {
+    let pool = pool(page_size, 4);
+    let lease = pool.lease(&regions(&[(0, 2 * BLOCK_SIZE)])).unwrap();
+    fill(&lease, 1);
+    // SAFETY: a system call without pointers.
+    if unsafe { libc::mlockall(libc::MCL_CURRENT) } != 0 {
+        let error = std::io::Error::last_os_error();
+        skipped(&format!("this process may not lock its memory: {error}"));
+        return;
+    }
+    let receipt = teardown(lease);
+    assert!(receipt.is_proven());
+    // With as much proof as the pool gives.
+    assert_eq!(receipt.revocation, pool.revocation());
+}
+
 /// All that the process had when the pool had been built.
 fn all_is_locked_later(page_size: PageSize) {
     // The other way has a lock, which is address space that would count as well.
@@ -96,6 +113,20 @@ fn guests_base_4k() {
 fn guests_transparent() {
     alone("guests_transparent", || {
         each_guest_is_locked(PageSize::Transparent)
+    });
+}
+
+#[test]
+fn meanwhile_base_4k() {
+    alone("meanwhile_base_4k", || {
+        all_is_locked_while_a_guest_is_there(PageSize::Base4K)
+    });
+}
+
+#[test]
+fn meanwhile_transparent() {
+    alone("meanwhile_transparent", || {
+        all_is_locked_while_a_guest_is_there(PageSize::Transparent)
     });
 }
 

@@ -3,7 +3,7 @@
 
 use std::os::fd::RawFd;
 use vm_memory::{Bytes, GuestAddress};
-use vm_scrub::{BLOCK_SIZE, PageSize, RevokeBy};
+use vm_scrub::{BLOCK_SIZE, PageSize, Revocation, RevokeBy};
 use vm_scrub_tests::child::alone;
 use vm_scrub_tests::maps::has_uffdio_move;
 use vm_scrub_tests::{first_nonzero, pools, regions, skipped, teardown};
@@ -34,24 +34,21 @@ struct Page([u8; PAGE]);
 
 static PAGE_OF_SECRETS: Page = Page([SECRET; PAGE]);
 
-/// Supplies `[start, start + len)` with secrets, wherever it goes, until the process ends.
-fn supply(start: u64, len: u64) {
+/// A pager that follows where memory goes. Of none, until it is told.
+fn pager() -> RawFd {
     let mut api = [0xaa, EVENT_REMAP, 0];
-    let mut register = [start, len, 1, 0];
-    // SAFETY: the structures are live and as large as the requests say; the range is a lease's window, whose guest waits for pages.
-    let pager: RawFd = unsafe {
+    // SAFETY: the structure is live and as large as the request says.
+    unsafe {
         let pager = libc::syscall(libc::SYS_userfaultfd, libc::O_CLOEXEC) as RawFd;
         assert!(pager >= 0);
-        assert_eq!(
-            libc::ioctl(pager, request(0x3f, 24) as _, api.as_mut_ptr()),
-            0
-        );
-        assert_eq!(
-            libc::ioctl(pager, request(0, 32) as _, register.as_mut_ptr()),
-            0
-        );
+        let agreed = libc::ioctl(pager, request(0x3f, 24) as _, api.as_mut_ptr());
+        assert_eq!(agreed, 0);
         pager
-    };
+    }
+}
+
+/// Supplies whatever the pager is told of with secrets, until the process ends.
+fn supply(pager: RawFd) {
     std::thread::spawn(move || {
         loop {
             let mut message = Message::default();
@@ -77,8 +74,13 @@ fn the_next_guest_is_not_supplied(page_size: PageSize) {
     let pool = builder.build().unwrap();
     let all = regions(&[(0, 2 * BLOCK_SIZE)]);
     let lease = pool.lease(&all).unwrap();
+    let pager = pager();
     let window = lease.host_addresses()[0].1.addr() as u64;
-    supply(window, 2 * BLOCK_SIZE);
+    let mut register = [window, 2 * BLOCK_SIZE, 1, 0];
+    // SAFETY: the structure is live and as large as the request says; the range is the window of a guest that waits for pages.
+    let registered = unsafe { libc::ioctl(pager, request(0, 32) as _, register.as_mut_ptr()) };
+    assert_eq!(registered, 0);
+    supply(pager);
     let memory = lease.memory();
     let byte: u8 = memory.read_obj(GuestAddress(PAGE as u64)).unwrap();
     assert_eq!(byte, SECRET);
@@ -88,6 +90,66 @@ fn the_next_guest_is_not_supplied(page_size: PageSize) {
     if let Ok(next) = pool.lease(&all) {
         assert_eq!(first_nonzero(&next), None, "the last guest's pager");
     }
+}
+
+/// The VMM has closed one descriptor too many, the pool's, and its number is that of a pager now: the pool's memory must not be
+/// registered with that.
+fn a_pager_by_the_pools_number(page_size: PageSize) {
+    if !has_uffdio_move() {
+        return skipped(&"this kernel has no UFFDIO_MOVE");
+    }
+    let builder = pools::builder(page_size, 2).revoke_by(RevokeBy::Move);
+    let pool = builder.build().unwrap();
+    let fds = std::fs::read_dir("/proc/self/fd").unwrap();
+    let fds = fds.map(|entry| entry.unwrap().path());
+    let pools: Vec<_> = fds
+        .filter(|fd| {
+            let file = std::fs::read_link(fd).unwrap_or_default();
+            file.to_string_lossy().contains("userfaultfd")
+        })
+        .collect();
+    let [pools] = &pools[..] else {
+        panic!("which is it? {pools:?}");
+    };
+    let pools: RawFd = pools
+        .file_name()
+        .unwrap()
+        .to_str()
+        .unwrap()
+        .parse()
+        .unwrap();
+    let pager = pager();
+    // SAFETY: what it was is the pool's, which has to cope; the pool is forgotten below, and closes it no more.
+    assert_eq!(unsafe { libc::dup2(pager, pools) }, pools);
+    supply(pager);
+    for _ in 0..2 {
+        let lease = pool.lease(&regions(&[(0, 2 * BLOCK_SIZE)])).unwrap();
+        // Between what is populated as well as behind it.
+        assert_eq!(first_nonzero(&lease), None, "another pager");
+        for page in [0, 8] {
+            let memory = lease.memory();
+            memory
+                .write_obj(1_u8, GuestAddress(page * PAGE as u64))
+                .unwrap();
+        }
+        let receipt = teardown(lease);
+        assert_eq!(receipt.revocation, Revocation::Mremap, "{receipt:?}");
+    }
+    std::mem::forget(pool);
+}
+
+#[test]
+fn by_number_base_4k() {
+    alone("by_number_base_4k", || {
+        a_pager_by_the_pools_number(PageSize::Base4K)
+    });
+}
+
+#[test]
+fn by_number_transparent() {
+    alone("by_number_transparent", || {
+        a_pager_by_the_pools_number(PageSize::Transparent)
+    });
 }
 
 #[test]

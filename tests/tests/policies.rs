@@ -74,18 +74,21 @@ fn every_level_but_none_catches_a_scrubber_that_does_nothing() {
 #[test]
 fn a_measured_loop_comes_with_its_rates_and_a_named_one_without() {
     let receipt = generation(&with(Policy::new()));
-    // However busy the machine is, the smallest size is measured.
-    let fastest = receipt
-        .calibration
-        .iter()
-        .max_by_key(|rate| rate.bytes_per_second);
-    assert_eq!(fastest.unwrap().loop_name, receipt.zero_loop);
+    // However busy the machine is, the smallest size is measured. Between what is nearly as fast decides another one.
+    let is_nearly_the_fastest = |rates: &[Rate], name: &str| {
+        let fastest = rates.iter().map(|rate| rate.bytes_per_second).max();
+        let chosen = rates.iter().find(|rate| rate.loop_name == name).unwrap();
+        chosen.bytes_per_second as f64 * 1.21 > fastest.unwrap() as f64
+    };
+    assert!(is_nearly_the_fastest(
+        &receipt.calibration,
+        &receipt.zero_loop
+    ));
     let rates = &receipt.verify_calibration;
-    let fastest = rates.iter().max_by_key(|rate| rate.bytes_per_second);
-    assert_eq!(
-        Some(&fastest.unwrap().loop_name),
-        receipt.verify_loop.as_ref()
-    );
+    assert!(is_nearly_the_fastest(
+        rates,
+        receipt.verify_loop.as_ref().unwrap()
+    ));
     assert!(rates.iter().all(|rate| rate.operation == Operation::Verify));
     assert_eq!(rates.len(), VerifyLoop::available().count());
     // Nothing zeroes or reads megabytes in a microsecond.

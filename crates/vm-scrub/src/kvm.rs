@@ -1,5 +1,6 @@
 //! A lease's regions as memslots of a KVM virtual machine, and the proof that they are gone.
 
+use crate::embedder::in_drop;
 use crate::lease::{Lease, Quiesced, Registrations};
 use crate::pool::LeaseId;
 use crate::sys::{Call, fault};
@@ -262,10 +263,12 @@ fn into_io(error: kvm_ioctls::Error) -> io::Error {
 impl<V: Deref<Target = VmFd>> Drop for Memslots<V> {
     fn drop(&mut self) {
         if let Err((slot, error)) = self.delete() {
-            log::error!(
-                "memslot {slot} of {} is not deleted and keeps it from being torn down: {error}",
-                self.lease
-            );
+            in_drop(|| {
+                log::error!(
+                    "memslot {slot} of {} is not deleted and keeps it from being torn down: {error}",
+                    self.lease
+                );
+            });
         }
     }
 }

@@ -92,6 +92,7 @@
 pub mod arch;
 #[cfg(feature = "vm-memory")]
 mod backing;
+mod embedder;
 #[cfg(feature = "kvm")]
 pub mod kvm;
 #[cfg(feature = "vm-memory")]

@@ -9,6 +9,7 @@ use super::{
     Backing, NotGranted, NotPrepared, Revocation, RevokeBy, Revoked, Window, WindowSpace,
     keep_private, map_shared,
 };
+use crate::embedder::in_drop;
 use crate::scrub::{HostPtr, Residency, push_joined};
 use crate::sys::identity::Identity;
 use crate::sys::memfd::{self, Pages};
@@ -120,9 +121,10 @@ impl SharedFile {
         // SAFETY: the window is ours, and nobody but the scrubber, which is not at work, knows where it is.
         unsafe {
             if self.sealed {
-                map::map_shared_readable(self.base.0, self.len, self.file.as_fd(), 0)?;
+                map::map_shared_inaccessible(self.base.0, self.len, self.file.as_fd(), 0)?;
                 self.view = wanted;
                 keep_private(self.base.0, self.len);
+                map::make_readable(self.base.0, self.len)?;
             } else {
                 map_shared(self.base.0, self.len, self.file.as_fd(), 0)?;
                 self.view = wanted;
@@ -329,8 +331,8 @@ impl Drop for SharedFile {
     fn drop(&mut self) {
         let closed = self.close();
         if let (Err(error), Some(window)) = (closed, self.window.take()) {
-            log::warn!("a view of shared memory stays mapped: {error}");
             window.leak();
+            in_drop(|| log::warn!("a view of shared memory stays mapped: {error}"));
         }
     }
 }

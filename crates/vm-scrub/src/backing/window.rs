@@ -10,6 +10,7 @@
 //! `vm.max_map_count`, and after 65,530 small ones there would be no more mappings for anybody.
 
 use super::BLOCK;
+use crate::embedder::in_drop;
 use crate::scrub::HostPtr;
 use crate::sys::{self, map};
 use std::collections::VecDeque;
@@ -34,7 +35,7 @@ impl Drop for Reservation {
         // SAFETY: the reservation is ours. Windows hold it, and are dropped only when they are closed, so nothing is
         // reachable in it.
         if let Err(error) = unsafe { map::unmap(self.start.0, self.len) } {
-            log::warn!("{} bytes of address space stay reserved: {error}", self.len);
+            in_drop(|| log::warn!("{} bytes of address space stay reserved: {error}", self.len));
         }
     }
 }

@@ -35,6 +35,7 @@ pub use retire::{Cancelled, Ticket};
 
 use crate::BLOCK_SIZE;
 use crate::backing::Window;
+use crate::embedder::in_drop;
 use crate::pool::blocks::{Blocks, Leased};
 use crate::pool::{Extent, LeaseId, Owned, OwnedFile, PageSize};
 use crate::scrub::HostPtr;
@@ -240,7 +241,7 @@ impl fmt::Debug for Lease {
 impl Drop for Lease {
     fn drop(&mut self) {
         if self.blocks.is_some() {
-            teardown::abandon(self);
+            in_drop(|| teardown::abandon(self));
         }
     }
 }

@@ -5,6 +5,7 @@
 //! waiting for memory helps with all of the pool's threads.
 
 use super::throttle::Throttle;
+use crate::embedder::survive;
 use crate::scrub::Workers;
 use crate::sync::atomic::{AtomicBool, Ordering};
 use crate::sync::thread::{self, JoinHandle};
@@ -14,6 +15,9 @@ use crate::sys::thread as native;
 use std::fmt::Debug;
 use std::sync::{Arc, OnceLock, PoisonError, Weak};
 use std::time::{Duration, Instant};
+
+/// How long an errand waits that has panicked: what it had not come to may be in order.
+const AFTER_A_PANIC: Duration = Duration::from_millis(100);
 
 /// How urgent background scrubbing is, among what waits in the same pool.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
@@ -96,14 +100,6 @@ pub(crate) struct Background {
     thread: Mutex<Option<JoinHandle<()>>>,
 }
 
-/// Runs code of the embedder's, a callback or a logger, which may panic. `None` if it did: what it threw is not dropped, because that
-/// may panic too.
-pub(crate) fn survive<T>(code: impl FnOnce() -> T) -> Option<T> {
-    std::panic::catch_unwind(std::panic::AssertUnwindSafe(code))
-        .map_err(std::mem::forget)
-        .ok()
-}
-
 impl Queue {
     fn chores(&self) -> MutexGuard<'_, Vec<Arc<dyn Chore>>> {
         // The list is changed by single calls only.
@@ -154,6 +150,7 @@ impl Queue {
             Some(Some(after)) => self.look_again(after),
             Some(None) => {}
             None => {
+                self.look_again(AFTER_A_PANIC);
                 survive(|| {
                     log::error!("trying shared memory again panicked; it stays in quarantine");
                 });
@@ -458,6 +455,25 @@ mod tests {
         assert_eq!(*queue.due(), due, "that is in time for both");
         queue.look_again(Duration::ZERO);
         assert!(queue.due().is_some_and(|due| due < now + HOUR));
+    }
+
+    #[test]
+    fn an_errand_that_panics_is_looked_after_again() {
+        #[derive(Debug)]
+        struct Panics;
+        impl Errand for Panics {
+            fn run(&self, _: &mut dyn FnMut(usize) -> bool) -> Option<Duration> {
+                panic!("on purpose")
+            }
+            fn is_wanted(&self) -> bool {
+                false
+            }
+        }
+        let (queue, errand) = (queue(), Arc::new(Panics));
+        let weak = Arc::downgrade(&errand);
+        assert!(queue.errand.set(weak).is_ok());
+        queue.look_after_errand();
+        assert!(queue.due().is_some());
     }
 
     #[test]

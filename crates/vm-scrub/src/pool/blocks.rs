@@ -16,6 +16,7 @@ use super::extents::Extent;
 use super::ledger::{Account, Accounts, Ledger};
 use crate::BLOCK_SIZE;
 use crate::backing::{Refilled, Revoked};
+use crate::embedder::in_drop;
 use crate::scrub::{Broken, Verdict, Zeroed};
 use std::marker::PhantomData;
 use std::sync::Arc;
@@ -234,13 +235,15 @@ impl<S: State> Drop for Blocks<S> {
         if self.extents.is_empty() || S::ACCOUNT == Account::Quarantined {
             return;
         }
-        // A logger may panic.
+        // Before the embedder's logger hears of it.
         self.ledger
             .shift(&self.extents, S::ACCOUNT, Account::Quarantined);
-        log::error!(
-            "blocks dropped in state {}: {:?} quarantined",
-            S::NAME,
-            self.extents
-        );
+        in_drop(|| {
+            log::error!(
+                "blocks dropped in state {}: {:?} quarantined",
+                S::NAME,
+                self.extents
+            );
+        });
     }
 }

@@ -2,6 +2,7 @@
 
 use super::{Extent, LeaseId, Owned, Shared, Withheld};
 use crate::backing::{BLOCK, Refilled, SharedFile};
+use crate::embedder::in_drop;
 use crate::sys;
 use std::ops::Range;
 use std::sync::Arc;
@@ -107,12 +108,14 @@ impl Drop for OwnedFile {
             let pool = &self.pool;
             pool.withheld.keep(self.about.clone(), file, &pool.ledger);
             // Last: the embedder's logger may panic.
-            log::error!(
-                "{}: {} bytes of shared memory in quarantine for good: {}",
-                self.about.lease,
-                self.about.bytes,
-                self.about.reason
-            );
+            in_drop(|| {
+                log::error!(
+                    "{}: {} bytes of shared memory in quarantine for good: {}",
+                    self.about.lease,
+                    self.about.bytes,
+                    self.about.reason
+                );
+            });
         }
     }
 }

@@ -33,7 +33,7 @@ mod withheld;
 #[cfg(all(test, loom))]
 pub(crate) use background::Errand;
 pub use background::Priority;
-pub(crate) use background::{Background, Chore, survive};
+pub(crate) use background::{Background, Chore};
 pub use builder::PoolBuilder;
 pub use error::PoolError;
 pub use extents::Extent;

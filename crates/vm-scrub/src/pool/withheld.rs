@@ -118,6 +118,10 @@ struct Attempt<'a> {
 
 impl Drop for Attempt<'_> {
     fn drop(&mut self) {
+        if thread::panicking() {
+            // The others have their turn before this one panics again.
+            lock(&self.entry.about).1 = Instant::now() + FIRST_RETRY * (1 << DOUBLINGS);
+        }
         *lock(&self.entry.slot) = self.held.take().map_or(Slot::Empty, Slot::Held);
         self.entry.put_back.notify_all();
     }

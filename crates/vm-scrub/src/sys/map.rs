@@ -130,31 +130,6 @@ pub(crate) unsafe fn map_shared_inaccessible(
     file: BorrowedFd<'_>,
     offset: u64,
 ) -> Result<()> {
-    // SAFETY: passed on to the caller.
-    unsafe { map_file(address, len, libc::PROT_NONE, file, offset) }
-}
-
-/// The same, but readable.
-///
-/// # Safety
-/// As for [`map_shared_inaccessible`].
-pub(crate) unsafe fn map_shared_readable(
-    address: *mut u8,
-    len: usize,
-    file: BorrowedFd<'_>,
-    offset: u64,
-) -> Result<()> {
-    // SAFETY: passed on to the caller.
-    unsafe { map_file(address, len, libc::PROT_READ, file, offset) }
-}
-
-unsafe fn map_file(
-    address: *mut u8,
-    len: usize,
-    protection: libc::c_int,
-    file: BorrowedFd<'_>,
-    offset: u64,
-) -> Result<()> {
     fault::check(Call::Mmap)?;
     let offset = libc::off_t::try_from(offset).map_err(|_| Error {
         call: Call::Mmap,
@@ -165,7 +140,7 @@ unsafe fn map_file(
         libc::mmap(
             address.cast(),
             len,
-            protection,
+            libc::PROT_NONE,
             libc::MAP_SHARED | libc::MAP_FIXED,
             file.as_raw_fd(),
             offset,
@@ -299,6 +274,18 @@ pub(super) unsafe fn make_writable_without_key(address: *mut u8, len: usize) -> 
     // SAFETY: passed on to the caller.
     let status = unsafe { libc::syscall(libc::SYS_pkey_mprotect, address, len, writable, NO_KEY) };
     done(Call::Mprotect, status as libc::c_int)
+}
+
+/// Makes `[address, address + len)`, which was not accessible, readable.
+///
+/// # Safety
+/// The range must belong to the caller.
+pub(crate) unsafe fn make_readable(address: *mut u8, len: usize) -> Result<()> {
+    fault::check(Call::Mprotect)?;
+    // SAFETY: the caller owns the range.
+    done(Call::Mprotect, unsafe {
+        libc::mprotect(address.cast(), len, libc::PROT_READ)
+    })
 }
 
 /// Takes all access to `[address, address + len)` away; what it contains stays.

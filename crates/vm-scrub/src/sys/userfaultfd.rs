@@ -5,10 +5,11 @@
 //! pages into registered memory only, and with `UFFD_FEATURE_SIGBUS`, so that an access to a page that is not there ends in a
 //! signal instead of waiting for ever.
 
+use super::identity::Identity;
 use super::{Call, Error, Result, fault, fork};
 use std::fs::{File, OpenOptions};
 use std::io;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 
 // linux/userfaultfd.h.
 const UFFD_API: u64 = 0xaa;
@@ -87,6 +88,8 @@ pub(crate) struct Userfaultfd {
     fd: OwnedFd,
     /// The descriptor speaks of the address space that opened it, also in the hands of a forked child.
     address_space: u64,
+    /// A kernel that moves pages has an inode for each.
+    identity: Identity,
 }
 
 impl Userfaultfd {
@@ -109,7 +112,11 @@ impl Userfaultfd {
         if status != 0 {
             return Err(Error::last(Call::UffdApi));
         }
-        Ok(Self { fd, address_space })
+        Ok(Self {
+            identity: Identity::of(fd.as_fd())?,
+            fd,
+            address_space,
+        })
     }
 
     /// Makes `[start, start + len)`, private anonymous memory, a place to which pages can be moved. From now on an access
@@ -118,7 +125,7 @@ impl Userfaultfd {
     /// # Safety
     /// The range must belong to the caller, who must not access pages of it that are not populated.
     pub(crate) unsafe fn register(&self, start: *mut u8, len: usize) -> Result<()> {
-        self.check_owner(Call::UffdRegister)?;
+        self.check(Call::UffdRegister)?;
         fault::check(Call::UffdRegister)?;
         let mut register = Register {
             start: start.addr() as u64,
@@ -144,7 +151,7 @@ impl Userfaultfd {
     /// Makes `[start, start + len)` ordinary memory again: no page is moved there, and what is not there is supplied when it is
     /// accessed.
     pub(crate) fn unregister(&self, start: *mut u8, len: usize) -> Result<()> {
-        self.check_owner(Call::UffdUnregister)?;
+        self.check(Call::UffdUnregister)?;
         fault::check(Call::UffdUnregister)?;
         let mut span = Span {
             start: start.addr() as u64,
@@ -175,7 +182,7 @@ impl Userfaultfd {
             stopped: Some(error),
         };
         if let Err(error) = self
-            .check_owner(Call::UffdMove)
+            .check(Call::UffdMove)
             .and_then(|()| fault::check(Call::UffdMove))
         {
             return stopped(0, error);
@@ -213,15 +220,15 @@ impl Userfaultfd {
         }
     }
 
-    /// A forked child must not move its parent's pages.
-    fn check_owner(&self, call: Call) -> Result<()> {
-        if fork::is_here(self.address_space) {
-            return Ok(());
+    /// A forked child must not move its parent's pages, nor must the pool's memory be registered with a pager of the VMM's.
+    fn check(&self, call: Call) -> Result<()> {
+        if !fork::is_here(self.address_space) {
+            return Err(Error {
+                call,
+                source: io::Error::from_raw_os_error(libc::ESRCH),
+            });
         }
-        Err(Error {
-            call,
-            source: io::Error::from_raw_os_error(libc::ESRCH),
-        })
+        self.identity.check(self.fd.as_fd())
     }
 }
 

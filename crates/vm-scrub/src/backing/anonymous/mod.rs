@@ -221,21 +221,26 @@ impl AnonymousArena {
         unsafe {
             Self::check_anonymous(window, len)?;
             self.make_uniform(window, len)?;
-            match &self.isolation {
-                Some(isolation) if isolation.stage(offset, window, len)? => {
-                    // What a stray access reaches now is fresh, and goes with the window.
-                    let closed = map::make_inaccessible(window, len);
-                    let home = isolation.bring_home(offset, len)?;
-                    closed.map(|()| home)
-                }
-                _ => self.take_back(offset, window, len),
+            let Some(isolation) = &self.isolation else {
+                return self.take_back(offset, window, len);
+            };
+            if !isolation.stage(offset, window, len)? {
+                // Before anything has changed: the embedder's logger may panic.
+                log::warn!(
+                    "{len} bytes are revoked without proof: RLIMIT_DATA has no room for one more mapping of them"
+                );
+                return self.take_back(offset, window, len);
             }
+            // What a stray access reaches now is fresh, and goes with the window.
+            let closed = map::make_inaccessible(window, len);
+            let home = isolation.bring_home(offset, len)?;
+            closed.map(|()| home)
         }
     }
 }
 
 /// Unlocks memory that the VMM has locked, by itself or with all that it has. Else the kernel would count it as locked twice after the
-/// move, for good, and move it without proof, because its place in the arena is not locked.
+/// move, for good, and move it without proof, unless its place in the arena is locked as well.
 ///
 /// # Safety
 /// The range must be the caller's.
@@ -311,6 +316,8 @@ impl Backing for AnonymousArena {
             // SAFETY: passed on to the caller.
             return unsafe {
                 unlock_before_moving(window, len);
+                // `mlockall(2)` locks also the place to which the memory goes, and the kernel moves between like and like.
+                unlock_before_moving(self.base.at(offset), len);
                 self.bring_home(offset, window, len)
             };
         }

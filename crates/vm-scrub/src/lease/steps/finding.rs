@@ -19,6 +19,10 @@ impl Steps<Dirty> {
     /// Asks the kernel which pages can hold data, about large leases from several threads. Where it does not say, the blocks
     /// are quarantined.
     pub(in crate::lease) fn find_populated(&mut self) {
+        // In a forked child nothing is there, and what lies at those addresses is its own.
+        if !self.pool.is_here() {
+            return;
+        }
         let begun = Instant::now();
         if self.file.is_some() {
             self.find_populated_in_file();

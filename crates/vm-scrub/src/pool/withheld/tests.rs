@@ -133,8 +133,12 @@ fn what_an_attempt_left_by_a_panic_is_still_there() {
     let (pool, entry) = pool_with_file();
     let attempt = || entry.try_again(&pool.shared, None, &mut |_| panic!("on purpose"));
     let panicked = std::panic::catch_unwind(std::panic::AssertUnwindSafe(attempt));
+    let before = Instant::now();
     assert!(panicked.is_err());
     assert!(matches!(&*lock(&entry.slot), Slot::Held(_)));
+    // Not at once: others may be waiting for their turn.
+    let due = entry.due().unwrap();
+    assert!(due > before + Duration::from_secs(5));
     // Given up between two batches: nothing counts, and it is tried anew.
     let mut none = |job: &Job| job.work(|_| false, None);
     assert_eq!(entry.try_again(&pool.shared, None, &mut none), 0);

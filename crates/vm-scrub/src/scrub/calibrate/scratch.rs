@@ -1,5 +1,6 @@
 //! Memory to measure on.
 
+use crate::embedder::in_drop;
 use crate::sys::map::{self, Advice};
 
 /// The step, in bytes, between addresses that may be in different pages.
@@ -51,7 +52,7 @@ impl Drop for Scratch {
     fn drop(&mut self) {
         // SAFETY: the reservation is ours and nobody refers to it any more.
         if let Err(error) = unsafe { map::unmap(self.reservation, self.reserved) } {
-            log::warn!("the memory for measuring loops stays mapped: {error}");
+            in_drop(|| log::warn!("the memory for measuring loops stays mapped: {error}"));
         }
     }
 }
