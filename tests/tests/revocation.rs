@@ -21,6 +21,7 @@ on_small_page_sizes!(
     a_page_that_is_busy_once_is_tried_again,
     a_page_that_stays_busy_is_quarantined_and_the_next_guest_is_not_told,
     a_move_that_fails_for_another_reason_is_made_without_proof,
+    memory_that_may_not_be_writable_once_more_comes_home_without_proof,
     moves_that_stop_half_way_go_on,
     pages_that_were_only_read,
     advice_about_parts_of_a_guest,
@@ -221,6 +222,23 @@ fn a_move_that_fails_for_another_reason_is_made_without_proof(page_size: PageSiz
     assert_eq!(receipt.bytes_quarantined, 4 * BLOCK_SIZE);
     assert_eq!(receipt.quarantined[0].reason, QuarantineReason::NotRevoked);
     assert_nothing_dirty_left(&pool);
+}
+
+/// What the kernel answers where it keeps account of all that could be written to (`vm.overcommit_memory`).
+fn memory_that_may_not_be_writable_once_more_comes_home_without_proof(page_size: PageSize) {
+    let Some(pool) = moving(page_size, 4) else {
+        return;
+    };
+    logs::listen();
+    // The question whether the window is one mapping comes first.
+    let receipt = torn_down(&pool, || inject(Call::Mremap, 1, 1, libc::ENOMEM));
+    assert!(receipt.is_proven(), "{receipt:?}");
+    assert_eq!(receipt.revocation, Revocation::Mremap);
+    assert_eq!(receipt.bytes_scrubbed, 4 * BLOCK_SIZE);
+    assert!(logs::heard(Level::Warn, "vm.overcommit_memory"));
+    assert_nothing_dirty_left(&pool);
+    let receipt = torn_down(&pool, || inject_short(Call::UffdMove, 0, 1, 1 << 21));
+    assert_eq!(receipt.revocation, Revocation::Move);
 }
 
 fn moves_that_stop_half_way_go_on(page_size: PageSize) {

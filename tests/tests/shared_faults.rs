@@ -117,6 +117,7 @@ fn of_teardown(page_size: PageSize) -> &'static [Call] {
         PageSize::Huge2M => &[
             Call::Mmap,
             Call::Madvise,
+            Call::Mprotect,
             Call::Fstat,
             Call::AddSeals,
             Call::Populate,
@@ -126,6 +127,7 @@ fn of_teardown(page_size: PageSize) -> &'static [Call] {
         _ => &[
             Call::Mmap,
             Call::Madvise,
+            Call::Mprotect,
             Call::Fstat,
             Call::AddSeals,
             Call::SeekData,
@@ -201,9 +203,7 @@ fn a_guest_is_dropped(page_size: PageSize) {
 
 /// What is in quarantine is tried again, and that fails too: it stays where it is until it does not.
 fn a_guest_is_tried_again(page_size: PageSize) {
-    // The view of a file that was given up is made anew.
-    let calls = [of_teardown(page_size), &[Call::Mprotect]].concat();
-    walk_calls(&calls, |faults, call, errno, _| {
+    walk_calls(of_teardown(page_size), |faults, call, errno, _| {
         let (pool, neighbour) = neighbour(page_size, false);
         let lease = shareable(&pool).unwrap();
         touch(&lease);

@@ -30,6 +30,7 @@ pub(crate) enum Command {
     /// Show it on real guests: one fills its memory with secrets and goes, the next gets the same memory and looks.
     ///
     /// Exit status 0 only if every teardown was proven and nothing leaked, 1 otherwise, 2 for bad arguments.
+    #[command(after_help = LOOP_VARIABLES)]
     Demo(DemoArgs),
     /// Measure it on this host, beside what people do today.
     ///

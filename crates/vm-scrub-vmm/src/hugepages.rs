@@ -63,7 +63,10 @@ impl HugePages {
         // Asked for more than there is, the kernel takes all it can get, and starves the host meanwhile.
         let memory = memory_available().map_err(|error| failed(error.to_string()))?;
         if wanted > memory / PAGE_BYTES {
-            let problem = format!("the host has only {} MiB of memory available", memory >> 20);
+            let problem = format!(
+                "the host has only {} MiB of memory available, so ask for less",
+                memory >> 20
+            );
             return Err(failed(problem));
         }
         let before = persistent(pool).map_err(|error| failed(error.to_string()))?;

@@ -32,6 +32,14 @@ pub(crate) struct Isolation {
     _lock: Window,
 }
 
+/// Whether a window's pages are in the lock.
+#[derive(Debug)]
+pub(super) enum Staged {
+    Yes,
+    /// Nothing has changed.
+    No(sys::Error),
+}
+
 impl Isolation {
     /// Makes the arena a place to which pages can be moved, if this kernel does such things. Pages of the arena that are not
     /// populated must not be accessed from now on.
@@ -64,8 +72,8 @@ impl Isolation {
         })
     }
 
-    /// Moves the pages of a window into the lock, in one step for each mapping. `false`, with nothing changed, if a limit on
-    /// writable memory does not allow it.
+    /// Moves the pages of a window into the lock, in one step for each mapping. [`Staged::No`], with nothing changed, if there may
+    /// not be so much writable memory.
     ///
     /// # Safety
     /// The window must be the caller's, and have been granted `[offset, offset + len)` of the arena.
@@ -74,18 +82,24 @@ impl Isolation {
         offset: usize,
         window: *mut u8,
         len: usize,
-    ) -> sys::Result<bool> {
+    ) -> sys::Result<Staged> {
         let staged = self.lock.at(offset);
         // SAFETY: this part of the lock is empty and goes with the arena's range, which the caller has been granted; the
         // window is the caller's.
         unsafe {
             // As for granting: a move that fails for that limit has unmapped its destination.
-            if map::data_is_limited() && map::make_writable(staged, len).is_err() {
-                return Ok(false);
+            if map::data_is_limited()
+                && let Err(error) = map::make_writable(staged, len)
+            {
+                return Ok(Staged::No(error));
             }
-            move_pieces(window, staged, len).map_err(|(_, error)| error)?;
+            match move_pieces(window, staged, len) {
+                Ok(()) => Ok(Staged::Yes),
+                // The kernel keeps account of what could be written (`vm.overcommit_memory`).
+                Err((0, error)) if error.errno() == Some(libc::ENOMEM) => Ok(Staged::No(error)),
+                Err((_, error)) => Err(error),
+            }
         }
-        Ok(true)
     }
 
     /// Moves what is in the lock into the arena, as far as the kernel lets go of it, and closes the lock.

@@ -99,7 +99,8 @@ pub enum PoolError {
     /// The address space for the pool's memory could not be had.
     #[error(
         "{capacity} bytes of memory could not be mapped ({source}): ask for less, or raise the limit on address space \
-         (`ulimit -v`) or on mappings (`vm.max_map_count`)"
+         (`ulimit -v`), on writable memory (`ulimit -d`, or the `CommitLimit` of a host that does not overcommit) or on mappings \
+         (`vm.max_map_count`)"
     )]
     Map {
         /// The pool's capacity, in bytes.
@@ -155,7 +156,8 @@ pub enum PoolError {
     UnknownLoop(UnknownLoop),
     /// The scrubbing threads could not be started.
     #[error(
-        "{threads} scrubbing threads could not be started ({source}): ask for fewer or raise the limit on threads (`ulimit -u`)"
+        "{threads} scrubbing threads could not be started ({source}): ask for fewer or raise the limit on threads (`ulimit -u`) or \
+         on memory, of which their stacks take 2 MiB each (`ulimit -d`, `ulimit -v`)"
     )]
     Workers {
         /// The number that was asked for.

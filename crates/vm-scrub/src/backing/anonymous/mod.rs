@@ -4,7 +4,7 @@
 //! milliseconds and stays populated: the next guest takes no page faults. On the way back the kernel can be asked whether
 //! somebody else may still write to a page ([`isolation`](super::isolation)).
 
-use super::isolation::Isolation;
+use super::isolation::{Isolation, Staged};
 use super::{
     BLOCK, Backing, NotGranted, NotPrepared, Refilled, Revocation, RevokeBy, Revoked, Window,
     WindowSpace, keep_private, lock_again, move_pieces, remove_guards,
@@ -224,10 +224,11 @@ impl AnonymousArena {
             let Some(isolation) = &self.isolation else {
                 return self.take_back(offset, window, len);
             };
-            if !isolation.stage(offset, window, len)? {
+            if let Staged::No(error) = isolation.stage(offset, window, len)? {
                 // Before anything has changed: the embedder's logger may panic.
                 log::warn!(
-                    "{len} bytes are revoked without proof: RLIMIT_DATA has no room for one more mapping of them"
+                    "{len} bytes are revoked without proof: RLIMIT_DATA or vm.overcommit_memory leaves no room for one more mapping of \
+                     them: {error}"
                 );
                 return self.take_back(offset, window, len);
             }
