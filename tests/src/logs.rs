@@ -39,9 +39,14 @@ pub fn listen() {
 
 /// Whether this thread has logged a line of this level with `text` in it since [`listen`].
 pub fn heard(level: Level, text: &str) -> bool {
+    !lines(level, text).is_empty()
+}
+
+/// The lines of this level with `text` in them that this thread has logged since [`listen`].
+pub fn lines(level: Level, text: &str) -> Vec<String> {
     LINES.with_borrow(|lines| {
-        lines
-            .iter()
-            .any(|(of, line)| *of == level && line.contains(text))
+        let wanted = lines.iter().filter(|(of, _)| *of == level);
+        let wanted = wanted.filter(|(_, line)| line.contains(text));
+        wanted.map(|(_, line)| line.clone()).collect()
     })
 }

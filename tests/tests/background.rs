@@ -182,9 +182,18 @@ fn cancelling_hands_the_memory_back_dirty() {
     );
 }
 
-/// The kernel does not say what is populated in one block; the others are scrubbed like any.
+/// The kernel does not say what is populated in one block, or that it is broken; the others are scrubbed like any.
 #[test]
 fn a_block_about_which_the_kernel_does_not_answer_is_lost_alone() {
+    for (errno, reason) in [
+        (libc::ENOMEM, QuarantineReason::ResidencyUnknown),
+        (libc::EHWPOISON, QuarantineReason::MemoryError),
+    ] {
+        a_block_is_lost_alone(errno, reason);
+    }
+}
+
+fn a_block_is_lost_alone(errno: i32, reason: QuarantineReason) {
     let (pool, clock) = crawling_by(builder(5).threads(1).revoke_by(RevokeBy::Mremap));
     // Keeps the background busy, so that it is this thread that asks.
     let (other, quiesced) = dirty_lease(&pool, 1);
@@ -192,7 +201,7 @@ fn a_block_about_which_the_kernel_does_not_answer_is_lost_alone() {
     clock.wait_until_asleep();
     let (lease, quiesced) = dirty_lease(&pool, 4);
     let ticket = lease.retire(quiesced).unwrap();
-    let fault = inject(pagemap_call(), 1, 2, libc::ENOMEM);
+    let fault = inject(pagemap_call(), 1, 2, errno);
     let receipt = ticket.wait().unwrap();
     assert_eq!(
         fault.hits(),
@@ -201,7 +210,8 @@ fn a_block_about_which_the_kernel_does_not_answer_is_lost_alone() {
     );
     drop(fault);
     assert_eq!(receipt.bytes_quarantined, BLOCK);
-    assert_eq!(receipt.quarantined[0].guest_address, BLOCK);
+    let lost = &receipt.quarantined[0];
+    assert_eq!((lost.guest_address, lost.reason), (BLOCK, reason));
     assert_eq!(
         (receipt.bytes_scrubbed, receipt.bytes_verified),
         (3 * BLOCK, 3 * BLOCK)

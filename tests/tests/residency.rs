@@ -1,6 +1,7 @@
 //! Pages that were never populated are skipped, counted and left alone; everything else is scrubbed, whatever a guest or its
 //! balloon did to make it look empty.
 
+use log::Level;
 use std::collections::BTreeSet;
 use std::ops::Range;
 use vm_memory::{Bytes, GuestAddress};
@@ -8,10 +9,10 @@ use vm_scrub::lease::QuarantineReason;
 use vm_scrub::test_support::{Call, inject};
 use vm_scrub::{BLOCK_SIZE, Lease, PageSize, Pool, RevokeBy};
 use vm_scrub_tests::child::alone;
-use vm_scrub_tests::maps::{has_pagemap_scan, populated_bytes};
+use vm_scrub_tests::maps::{has_pagemap_scan, pagemap_call, populated_bytes};
 use vm_scrub_tests::{
-    HugePages, PAGE, assert_all_zero, assert_nothing_dirty_left, fill, huge_pages,
-    on_every_page_size, pool, pools, regions, skipped, teardown,
+    HugePages, PAGE, assert_all_zero, assert_nothing_dirty_left, fill, huge_pages, logs,
+    on_every_page_size, pool, pools, quiesce, regions, skipped, teardown,
 };
 
 on_every_page_size!(
@@ -228,6 +229,56 @@ fn a_hugetlb_page_that_somebody_else_has_got_is_quarantined() {
     );
     drop(other);
     assert_nothing_dirty_left(&pool);
+}
+
+/// Eight blocks in a row with their lines in the log, after `refuse` has made questions fail.
+fn logged<T>(refuse: impl FnOnce() -> T) -> Vec<String> {
+    let pool = pools::builder(PageSize::Base4K, 8)
+        .threads(1)
+        .revoke_by(RevokeBy::Mremap)
+        .build()
+        .unwrap();
+    let lease = whole(&pool);
+    fill(&lease, 1);
+    let quiesced = quiesce(&lease);
+    let dirty = lease.revoke(quiesced).unwrap();
+    logs::listen();
+    let refused = refuse();
+    let scrubbed = dirty.scrub();
+    drop(refused);
+    let lines = logs::lines(Level::Error, "quarantined, ");
+    assert!(scrubbed.verify().recycle().unwrap().bytes_quarantined > 0);
+    assert_nothing_dirty_left(&pool);
+    lines
+}
+
+/// Where nothing can be asked, that is the whole guest.
+#[test]
+fn blocks_in_a_row_with_the_same_answer_are_one_line_in_the_log() {
+    let question = pagemap_call();
+    let [line] = &logged(|| inject(question, 0, u32::MAX, libc::EIO))[..] else {
+        panic!("not one line");
+    };
+    let all = "8 blocks from 0 on quarantined, residency unknown: ";
+    assert!(line.starts_with(all), "{line}");
+
+    // All at once, then block by block: the kernel answers about the fourth only, and knows the last two to be broken.
+    let lines = logged(|| {
+        [
+            inject(question, 0, 4, libc::EIO),
+            inject(question, 1, 2, libc::EIO),
+            inject(question, 1, 2, libc::EHWPOISON),
+        ]
+    });
+    let expected = [
+        "3 blocks from 0 on quarantined, residency unknown: ",
+        "2 blocks from 4 on quarantined, residency unknown: ",
+        "2 blocks from 6 on quarantined, memory error: ",
+    ];
+    assert_eq!(lines.len(), expected.len(), "{lines:?}");
+    for (line, expected) in lines.iter().zip(expected) {
+        assert!(line.starts_with(expected), "{line}");
+    }
 }
 
 /// A VMM that has no descriptor left, or cannot open files any more, when its first guest goes.

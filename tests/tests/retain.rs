@@ -16,7 +16,8 @@ on_every_page_size!(
 );
 on_small_page_sizes!(
     only_what_was_touched_goes,
-    what_is_shared_is_not_what_is_retained
+    what_is_shared_is_not_what_is_retained,
+    what_takes_the_place_of_a_file_is_retained_once
 );
 
 fn retaining(page_size: PageSize, bytes: u64) -> PoolBuilder {
@@ -113,6 +114,30 @@ fn what_is_shared_is_not_what_is_retained(page_size: PageSize) {
     assert!(receipt.is_proven());
     assert_eq!(receipt.bytes_returned, 0);
     assert_nothing_dirty_left(&pool);
+}
+
+/// A pool that is populated gets its memory back behind a shareable lease, but no more of it than any lease leaves behind: also where
+/// that was in two places.
+fn what_takes_the_place_of_a_file_is_retained_once(page_size: PageSize) {
+    let pool = retaining(page_size, BLOCK_SIZE)
+        .populate(true)
+        .build()
+        .unwrap();
+    let each = || pool.lease(&regions(&[(0, BLOCK_SIZE)])).unwrap();
+    let [first, second, third, fourth] = [each(), each(), each(), each()];
+    for lease in [first, third] {
+        assert!(teardown(lease).is_proven());
+    }
+    let two = regions(&[(0, 2 * BLOCK_SIZE)]);
+    let options = LeaseOptions::new().shareable(true);
+    let lease = pool.lease_with(&two, options).unwrap();
+    assert_eq!(lease.blocks().len(), 2, "not next to each other");
+    assert!(teardown(lease).is_proven());
+    let lease = pool.lease(&two).unwrap();
+    let (region, start) = lease.host_addresses().remove(0);
+    let window = start.addr()..start.addr() + region.bytes as usize;
+    assert_eq!(populated_bytes(window), BLOCK_SIZE);
+    drop((second, fourth));
 }
 
 /// A refusal of the kernel costs memory and nothing else.

@@ -427,6 +427,37 @@ mod tests {
         other.write_all_at(&[1], 0).unwrap();
     }
 
+    /// What is zeroed through a view of it, or read, would be somebody else's.
+    #[test]
+    fn the_scrubber_gets_no_view_of_another_file() {
+        for sealed in [false, true] {
+            let mut shared = SharedFile::map(BLOCK, false, None, false).unwrap();
+            shared.close().unwrap();
+            if sealed {
+                shared.seal().unwrap();
+            }
+            shared.file = Arc::new(memfd::shareable(BLOCK as u64, Pages::Base).unwrap());
+            let refused = shared.open().unwrap_err();
+            assert_eq!(refused.call, Call::Fstat, "{refused}");
+            // SAFETY: the window is ours. That populating fails is how one sees what it is without touching it.
+            assert!(unsafe { map::populate_readable(shared.base.0, BLOCK) }.is_err());
+        }
+    }
+
+    /// What is in it would be the guest's, and what the guest writes would be in it.
+    #[test]
+    fn a_guest_gets_no_window_onto_another_file() {
+        let mut shared = SharedFile::map(BLOCK, false, None, false).unwrap();
+        shared.file = Arc::new(memfd::shareable(BLOCK as u64, Pages::Base).unwrap());
+        let window = WindowSpace::new(0).open(BLOCK).unwrap();
+        // SAFETY: the window is closed, and this test's own.
+        let refused = unsafe { shared.grant(0, window.start().0, BLOCK) }.unwrap_err();
+        assert_eq!(refused.error.call, Call::Fstat, "{refused:?}");
+        assert!(!refused.stuck);
+        // SAFETY: as above, and closed as it was.
+        assert!(unsafe { map::populate_readable(window.start().0, BLOCK) }.is_err());
+    }
+
     #[test]
     fn a_second_view_keeps_it_from_being_sealed() {
         let mut shared = SharedFile::map(BLOCK, false, None, false).unwrap();

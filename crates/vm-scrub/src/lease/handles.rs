@@ -146,3 +146,33 @@ impl std::fmt::Debug for Handles {
             .finish_non_exhaustive()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Somebody else's when it was to be given up, and nobody's when it was counted.
+    struct JustGone;
+
+    impl Mapping for JustGone {
+        fn others(&self) -> usize {
+            0
+        }
+
+        fn give_up(self: Box<Self>) -> Result<GivenUp, Box<dyn Mapping>> {
+            Err(self)
+        }
+    }
+
+    /// It has not been given up, so who has a weak reference can still make it theirs.
+    #[test]
+    fn who_has_gone_between_two_looks_still_counts() {
+        let handles = Handles::default();
+        let set = [JustGone, JustGone].map(|mapping| Handle {
+            mapping: Box::new(mapping),
+            region: None,
+        });
+        handles.give_out(set.into_iter());
+        assert_eq!(handles.holders(), 1);
+    }
+}

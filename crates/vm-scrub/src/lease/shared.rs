@@ -143,3 +143,47 @@ impl Lease {
         ))
     }
 }
+
+#[cfg(all(test, not(loom)))]
+mod tests {
+    use super::*;
+    use crate::sys::fault::{self, Call};
+    use crate::{PageSize, Pool};
+    use std::os::unix::fs::MetadataExt;
+    use vm_memory::GuestAddress;
+
+    /// How many mappings this process has of the file.
+    fn mappings(file: &SharedFile) -> usize {
+        let of = file.file().metadata().unwrap();
+        let (major, minor) = (libc::major(of.dev()), libc::minor(of.dev()));
+        let named = format!(" {major:02x}:{minor:02x} {} ", of.ino());
+        let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
+        maps.lines().filter(|line| line.contains(&named)).count()
+    }
+
+    /// Whatever is mapped there: its address space is nobody's any more, and is not given back as if it were closed.
+    #[test]
+    fn a_window_that_cannot_be_closed_stays_reserved() {
+        let pool = Pool::builder()
+            .capacity(BLOCK_SIZE)
+            .page_size(PageSize::Base4K)
+            .threads(1)
+            // Closed windows go at once.
+            .kept_windows(0)
+            .build()
+            .unwrap();
+        let lease = pool.lease(&[(GuestAddress(0), BLOCK_SIZE)]).unwrap();
+        let file = SharedFile::map(BLOCK, false, None, true).unwrap();
+        assert_eq!(mappings(&file), 1, "the view");
+        for (closes, left) in [(true, 1), (false, 2)] {
+            let not_locked = fault::inject(Call::Mlock, 0, 1, libc::ENOMEM);
+            // Behind reserving the window and showing the file in it.
+            let times = if closes { 0 } else { 1 };
+            let _not_closed = fault::inject(Call::Mmap, 2, times, libc::ENOMEM);
+            let error = show(&lease, lease.guest_regions().collect(), &file).unwrap_err();
+            assert_eq!(not_locked.hits(), 1 + times);
+            assert!(matches!(error, LeaseError::Lock { .. }), "{error}");
+            assert_eq!(mappings(&file), left, "closes: {closes}");
+        }
+    }
+}

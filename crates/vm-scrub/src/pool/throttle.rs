@@ -253,6 +253,37 @@ mod tests {
         assert!((clock.now().as_secs_f64() - 1.1).abs() < 0.01);
     }
 
+    fn limit(bytes_per_second: u64) -> Option<ScrubRate> {
+        Some(ScrubRate {
+            bytes_per_second,
+            burst: 0,
+        })
+    }
+
+    fn seconds(seconds: u64) -> Duration {
+        Duration::from_secs(seconds)
+    }
+
+    #[test]
+    fn the_time_before_a_change_counts_at_the_rate_of_then() {
+        let (throttle, clock) = throttle(limit(1000));
+        assert!(throttle.allow(3000, || false));
+        clock.0.store(1_000_000_000, Ordering::Relaxed);
+        throttle.set(limit(10));
+        assert_eq!(throttle.bucket().wait(clock.now()), seconds(200));
+    }
+
+    /// The clock is asked before the lock is taken, and somebody who asked it later may have been quicker.
+    #[test]
+    fn who_asked_the_clock_earlier_and_changes_the_limit_gives_nothing_twice() {
+        let (throttle, clock) = throttle(limit(1000));
+        assert!(throttle.allow(5000, || false));
+        assert_eq!(throttle.bucket().wait(seconds(2)), seconds(3));
+        clock.0.store(1_000_000_000, Ordering::Relaxed);
+        throttle.set(limit(100));
+        assert_eq!(throttle.bucket().wait(seconds(2)), seconds(30));
+    }
+
     #[test]
     fn a_rate_of_zero_counts_as_one() {
         let (throttle, clock) = throttle(Some(ScrubRate {

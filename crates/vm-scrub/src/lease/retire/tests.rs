@@ -1,7 +1,9 @@
 //! Who works on a retired lease, and when it is over.
 
 use super::*;
+use crate::lease::{LeaseOptions, QuarantineReason};
 use crate::scrub::Sabotage;
+use crate::sys::fault::{self, Call};
 use crate::{BLOCK_SIZE, PageSize, Policy, Pool, PoolBuilder};
 use std::sync::Barrier;
 use std::time::Duration;
@@ -9,10 +11,16 @@ use vm_memory::GuestAddress;
 
 /// A retired lease of one block full of data, to which nothing is done but by the test.
 fn retired_in(builder: PoolBuilder) -> (Pool, Ticket) {
+    retired_with(builder, LeaseOptions::new())
+}
+
+fn retired_with(builder: PoolBuilder, options: LeaseOptions) -> (Pool, Ticket) {
     let builder = builder.capacity(BLOCK_SIZE).threads(1);
     let pool = builder.page_size(PageSize::Base4K).build().unwrap();
     pool.shared.background.end();
-    let lease = pool.lease(&[(GuestAddress(0), BLOCK_SIZE)]).unwrap();
+    let lease = pool
+        .lease_with(&[(GuestAddress(0), BLOCK_SIZE)], options)
+        .unwrap();
     let (_, start) = lease.host_addresses()[0];
     // SAFETY: the lease's memory, which nobody else uses, and nobody at all afterwards.
     let quiesced = unsafe {
@@ -61,6 +69,30 @@ fn who_is_stopped_between_two_jobs_comes_back_and_who_is_not_goes_on() {
     assert!(!ticket.is_finished());
     assert!(!retired.proceed(&mut |_| true), "that was the last stage");
     assert!(ticket.wait_in_background().unwrap().is_proven());
+}
+
+/// Nothing of it would be read back, and it is sealed.
+#[test]
+fn sealed_memory_about_which_the_kernel_does_not_answer_is_quarantined() {
+    let options = LeaseOptions::new().shareable(true);
+    let (pool, ticket) = retired_with(Pool::builder(), options);
+    let retired = &ticket.retired;
+    retired.take_batches(&mut |_| true);
+    for next in ["to seal it", "to read it back"] {
+        assert!(retired.proceed(&mut |_| true), "{next}");
+    }
+    let fault = fault::inject(Call::SeekData, 0, 2, libc::EIO);
+    retired.take_batches(&mut |_| true);
+    assert!(!retired.proceed(&mut |_| true), "that was the last stage");
+    assert_eq!(fault.hits(), 2, "asked twice");
+    drop(fault);
+    let receipt = ticket.wait_in_background().unwrap();
+    assert_eq!(receipt.bytes_quarantined, BLOCK_SIZE, "{receipt:?}");
+    let lost = &receipt.quarantined[0];
+    assert_eq!(lost.reason, QuarantineReason::NotSealed);
+    assert!(lost.detail.contains(Call::SeekData.name()), "{lost:?}");
+    assert_eq!(pool.accounts().quarantined, BLOCK_SIZE);
+    assert_eq!(pool.reclaim(), BLOCK_SIZE, "the kernel answers again");
 }
 
 #[test]
