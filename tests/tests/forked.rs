@@ -4,6 +4,7 @@ use std::io::{Read, Write};
 use std::ops::Range;
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 use vm_scrub::lease::{Cancelled, Refusal, Ticket};
@@ -43,6 +44,14 @@ fn exit(good: bool) -> ! {
     unsafe { libc::_exit(i32::from(!good)) }
 }
 
+/// Ends a forked child with what `body` says. A panic is not good; left alone it would end the thread that forked, which is the only
+/// one that a child has, and that is a success.
+fn end(body: impl FnOnce() -> bool) -> ! {
+    // SAFETY: ends this process, if it should wait.
+    unsafe { libc::alarm(20) };
+    exit(catch_unwind(AssertUnwindSafe(body)).unwrap_or(false))
+}
+
 /// Whether every byte is zero after scrubbing.
 fn scrubs(memory: *mut u8) -> bool {
     // SAFETY: the memory is mapped and this process's own.
@@ -72,18 +81,18 @@ fn a_child_of_a_child_scrubs_its_own_memory(new_names: bool) {
         return skipped(&format!("no PID namespaces here: {error}"));
     };
     if first == 0 {
-        if !scrubs(memory) {
-            exit(false);
-        }
-        match fork(new_names) {
-            Some(0) => {
-                // SAFETY: mapped and this process's own.
-                unsafe { memory.write_bytes(0x5e, LEN) };
-                exit(scrubs(memory));
-            }
-            Some(second) => exit(status(second) == 0),
-            None => exit(false),
-        }
+        end(|| {
+            scrubs(memory)
+                && match fork(new_names) {
+                    Some(0) => end(|| {
+                        // SAFETY: mapped and this process's own.
+                        unsafe { memory.write_bytes(0x5e, LEN) };
+                        scrubs(memory)
+                    }),
+                    Some(second) => status(second) == 0,
+                    None => false,
+                }
+        });
     }
     assert_eq!(status(first), 0, "a forked child did not scrub its memory");
 }
@@ -98,7 +107,10 @@ fn in_namespaces_of_their_own() {
     a_child_of_a_child_scrubs_its_own_memory(true);
 }
 
-on_every_page_size!(a_child_neither_uses_nor_ends_its_parents_pool: 4);
+on_every_page_size!(
+    a_child_neither_uses_nor_ends_its_parents_pool: 4,
+    a_child_that_drops_the_last_owner_unmaps_nothing: 1,
+);
 
 /// The memory is not the child's, and the threads are not there: whoever waited for them would wait for ever.
 fn a_child_neither_uses_nor_ends_its_parents_pool(page_size: PageSize) {
@@ -112,19 +124,19 @@ fn a_child_neither_uses_nor_ends_its_parents_pool(page_size: PageSize) {
     let child = unsafe { libc::fork() };
     assert!(child >= 0);
     if child == 0 {
-        // SAFETY: ends this process, if it should wait.
-        unsafe { libc::alarm(20) };
-        let mut good = matches!(
-            pool.lease(&regions(&[(0, BLOCK_SIZE)])),
-            Err(LeaseError::Forked)
-        );
-        let quiesced = quiesce(&refused);
-        good &= is_refused(refused.teardown(quiesced));
-        let quiesced = quiesce(&retired);
-        good &= is_refused(retired.retire(quiesced).map(|_: Ticket| ()));
-        drop(kept);
-        drop(pool);
-        exit(good);
+        end(|| {
+            let mut good = matches!(
+                pool.lease(&regions(&[(0, BLOCK_SIZE)])),
+                Err(LeaseError::Forked)
+            );
+            let quiesced = quiesce(&refused);
+            good &= is_refused(refused.teardown(quiesced));
+            let quiesced = quiesce(&retired);
+            good &= is_refused(retired.retire(quiesced).map(|_: Ticket| ()));
+            drop(kept);
+            drop(pool);
+            good
+        });
     }
     assert_eq!(status(i64::from(child)), 0);
     assert_eq!(pool.accounts().leased, 3 * BLOCK_SIZE);
@@ -141,9 +153,7 @@ fn in_a_child(child: impl FnOnce() -> bool) {
     let number = unsafe { libc::fork() };
     assert!(number >= 0);
     if number == 0 {
-        // SAFETY: ends this process, if it should wait.
-        unsafe { libc::alarm(20) };
-        exit(child());
+        end(child);
     }
     assert_eq!(status(i64::from(number)), 0);
 }
@@ -179,6 +189,19 @@ impl Own {
             unsafe { at.read_volatile() == 0x77 }
         })
     }
+}
+
+fn a_child_that_drops_the_last_owner_unmaps_nothing(page_size: PageSize) {
+    let pool = pools::pool(page_size, 1);
+    let arena = arena_address(&pool).addr();
+    let place = arena..arena + pool.capacity() as usize;
+    let mut kept = Some(pool);
+    in_a_child(|| {
+        let own = Own::over(Some(place));
+        drop(kept.take());
+        own.is_untouched()
+    });
+    assert_nothing_dirty_left(&kept.unwrap());
 }
 
 /// Where the pool's memory is in the parent, a child may have memory of its own.
@@ -310,10 +333,10 @@ fn a_child_seals_nothing_that_its_parent_withholds() {
     let child = unsafe { libc::fork() };
     assert!(child >= 0);
     if child == 0 {
-        // SAFETY: ends this process, if it should wait.
-        unsafe { libc::alarm(20) };
-        childs.read_exact(&mut [0]).unwrap();
-        exit(pool.reclaim() == 0 && seals() == before);
+        end(|| {
+            childs.read_exact(&mut [0]).unwrap();
+            pool.reclaim() == 0 && seals() == before
+        });
     }
     // SAFETY: mapped above, and not used.
     unsafe { libc::munmap(peer, 4096) };

@@ -229,6 +229,39 @@ fn what_is_pinned_is_locked_in_quarantine() {
     });
 }
 
+/// A guest that is not revoked, because `call` fails once: its pool, and its window.
+fn not_revoked(builder: PoolBuilder, call: Call) -> (Pool, *mut u8) {
+    // So small that anybody may lock as much in all the places where it might be.
+    let pool = builder.capacity(BLOCK_SIZE).threads(1).build().unwrap();
+    let lease = pool.lease(&regions(&[(0, BLOCK_SIZE)])).unwrap();
+    fill(&lease, 1);
+    let window = lease.host_addresses()[0].1;
+    let fault = inject(call, 0, 1, libc::ENOMEM);
+    let receipt = teardown(lease);
+    assert_eq!(fault.hits(), 1);
+    assert_eq!(receipt.bytes_quarantined, BLOCK_SIZE);
+    assert_eq!(receipt.quarantined[0].reason, QuarantineReason::NotRevoked);
+    (pool, window)
+}
+
+#[test]
+fn what_stays_in_its_window_is_locked_there() {
+    on_each("what_stays_in_its_window_is_locked_there", |builder| {
+        let (_pool, window) = not_revoked(builder, Call::Mremap);
+        assert_locked(window, BLOCK_SIZE, BLOCK_SIZE);
+    });
+}
+
+/// It is home, and quarantined because the window cannot be closed.
+#[test]
+fn what_is_home_is_locked_though_its_window_stays_open() {
+    let test = "what_is_home_is_locked_though_its_window_stays_open";
+    on_each(test, |builder| {
+        let (pool, _) = not_revoked(builder, Call::Mmap);
+        assert_locked(arena_address(&pool), BLOCK_SIZE, BLOCK_SIZE);
+    });
+}
+
 /// What goes back to the kernel goes, on older kernels too, and is locked when it comes again.
 #[test]
 fn what_is_not_retained_goes_back() {

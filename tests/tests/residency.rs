@@ -6,7 +6,7 @@ use std::collections::BTreeSet;
 use std::ops::Range;
 use vm_memory::{Bytes, GuestAddress};
 use vm_scrub::lease::QuarantineReason;
-use vm_scrub::test_support::{Call, inject};
+use vm_scrub::test_support::{Call, arena_address, inject};
 use vm_scrub::{BLOCK_SIZE, Lease, PageSize, Pool, RevokeBy};
 use vm_scrub_tests::child::alone;
 use vm_scrub_tests::maps::{has_pagemap_scan, pagemap_call, populated_bytes};
@@ -171,6 +171,16 @@ fn a_pool_that_is_populated_up_front(page_size: PageSize) {
         assert!(receipt.is_proven());
     }
     assert_nothing_dirty_left(&pool);
+}
+
+/// The threads populate it in chunks of 64 MiB. Here the last one is a part.
+#[test]
+fn every_part_of_a_large_pool_is_populated_up_front() {
+    let builder = pools::builder(PageSize::Base4K, 48).populate(true);
+    let pool = builder.build().unwrap();
+    let arena = arena_address(&pool).addr();
+    let all = arena..arena + pool.capacity() as usize;
+    assert_eq!(populated_bytes(all), pool.capacity());
 }
 
 /// `MADV_DONTNEED` empties a private mapping. Of a hugetlb file it only closes the view: the bytes are still there.

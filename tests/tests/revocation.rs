@@ -27,6 +27,7 @@ on_small_page_sizes!(
     advice_about_parts_of_a_guest,
     sparse_guests,
     locked_guests,
+    guard_pages_do_not_come_home_where_nothing_is_known_about_them,
 );
 
 fn builder(page_size: PageSize, blocks: u64) -> PoolBuilder {
@@ -46,6 +47,14 @@ fn moving(page_size: PageSize, blocks: u64) -> Option<Pool> {
     Some(builder.build().unwrap())
 }
 
+/// The end of a test's name.
+fn of(page_size: PageSize) -> &'static str {
+    match page_size {
+        PageSize::Base4K => "base_4k",
+        _ => "transparent",
+    }
+}
+
 fn whoever_asks_for_mremap_gets_it(page_size: PageSize) {
     let builder = builder(page_size, 2).revoke_by(RevokeBy::Mremap);
     let pool = builder.build().unwrap();
@@ -61,10 +70,7 @@ fn whoever_asks_for_mremap_gets_it(page_size: PageSize) {
 fn what_asks_for_populated_pages_is_open_before_there_is_a_pool(page_size: PageSize) {
     let test = format!(
         "what_asks_for_populated_pages_is_open_before_there_is_a_pool::{}",
-        match page_size {
-            PageSize::Base4K => "base_4k",
-            _ => "transparent",
-        }
+        of(page_size)
     );
     // It is opened once in a process.
     alone(&test, || {
@@ -347,6 +353,40 @@ fn locked_guests(page_size: PageSize) {
     assert_nothing_dirty_left(&pool);
 }
 
+/// The kernel does not say what is in the guest's memory, so all of it is moved without proof. Whoever touched a guard page
+/// (`MADV_GUARD_INSTALL`, Linux 6.13) that came with it would get a signal: the scrubber, or the next guest.
+fn guard_pages_do_not_come_home_where_nothing_is_known_about_them(page_size: PageSize) {
+    const MADV_GUARD_INSTALL: libc::c_int = 102;
+    let test = format!(
+        "guard_pages_do_not_come_home_where_nothing_is_known_about_them::{}",
+        of(page_size)
+    );
+    alone(&test, || {
+        let Some(pool) = moving(page_size, 4) else {
+            return;
+        };
+        let lease = pool.lease(&regions(&[(0, 4 * BLOCK_SIZE)])).unwrap();
+        fill(&lease, 1);
+        let guarded = lease.host_addresses()[0]
+            .1
+            .wrapping_add(BLOCK_SIZE as usize);
+        // SAFETY: the range lies in the lease's window, to which nobody holds a reference.
+        let status =
+            unsafe { libc::madvise(guarded.cast(), BLOCK_SIZE as usize, MADV_GUARD_INSTALL) };
+        if status != 0 {
+            return vm_scrub_tests::skipped(&"this kernel has no guard pages");
+        }
+        let first_look = inject(Call::PagemapScan, 0, 1, libc::EIO);
+        let receipt = teardown(lease);
+        assert_eq!(first_look.hits(), 1);
+        drop(first_look);
+        assert!(receipt.is_proven(), "{receipt:?}");
+        assert_eq!(receipt.revocation, Revocation::Mremap);
+        assert_eq!(receipt.bytes_never_populated, BLOCK_SIZE);
+        assert_nothing_dirty_left(&pool);
+    });
+}
+
 /// Huge pages are huge when they come back.
 #[test]
 fn huge_pages_stay_huge() {
@@ -380,11 +420,37 @@ fn parts_of_huge_pages_are_moved_without_proof() {
     let lease = pool.lease(&regions(&[(0, 4 * BLOCK_SIZE)])).unwrap();
     fill(&lease, 1);
     assert_eq!(teardown(lease).revocation, Revocation::Move);
-    let lease = pool.lease(&regions(&[(0, 2 * BLOCK_SIZE + PAGE)])).unwrap();
+    // Beside whole ones, and where there is nothing but a part.
+    for bytes in [2 * BLOCK_SIZE + PAGE, PAGE] {
+        let lease = pool.lease(&regions(&[(0, bytes)])).unwrap();
+        fill(&lease, 1);
+        let receipt = teardown(lease);
+        assert!(receipt.is_proven());
+        assert_eq!(receipt.revocation, Revocation::Mremap);
+        assert_eq!(receipt.bytes_scrubbed, receipt.bytes_total);
+    }
+    assert_nothing_dirty_left(&pool);
+}
+
+/// A VMM that wants huge pages for a part of its guest in a pool of small ones. What is beside one may be a part of another, about
+/// which the kernel is not asked.
+#[test]
+fn small_pages_beside_a_huge_one_are_moved_without_proof() {
+    let Some(pool) = moving(PageSize::Base4K, 2) else {
+        return;
+    };
+    let lease = pool.lease(&regions(&[(0, 2 * BLOCK_SIZE)])).unwrap();
+    let start = lease.host_addresses()[0].1;
+    // SAFETY: the range lies in the lease's window; the advice changes no byte.
+    unsafe { libc::madvise(start.cast(), BLOCK_SIZE as usize, libc::MADV_HUGEPAGE) };
     fill(&lease, 1);
+    let first = mappings(start.addr()..start.addr() + BLOCK_SIZE as usize);
+    if first.iter().all(|mapping| mapping.huge == 0) {
+        return vm_scrub_tests::skipped(&"this host gave no huge pages");
+    }
     let receipt = teardown(lease);
     assert!(receipt.is_proven());
     assert_eq!(receipt.revocation, Revocation::Mremap);
-    assert_eq!(receipt.bytes_scrubbed, receipt.bytes_total);
+    assert_eq!(receipt.bytes_scrubbed, 2 * BLOCK_SIZE);
     assert_nothing_dirty_left(&pool);
 }

@@ -15,8 +15,8 @@ use vm_scrub_tests::child::alone;
 use vm_scrub_tests::maps::{is_readable, mappings, populated_bytes};
 use vm_scrub_tests::peer::{self, Peer};
 use vm_scrub_tests::{
-    assert_all_zero, assert_nothing_dirty_left, fill, on_every_page_size, on_small_page_sizes,
-    pool, pools, quiesce, regions, smear, teardown,
+    HugePages, assert_all_zero, assert_nothing_dirty_left, fill, huge_pages, on_every_page_size,
+    on_small_page_sizes, pool, pools, quiesce, regions, smear, teardown,
 };
 
 /// Blocks of each pool, and of each guest.
@@ -349,6 +349,23 @@ fn a_pool_lends_its_own_memory_meanwhile(page_size: PageSize) {
         proven(&teardown(shareable));
     }
     assert_back(&pool);
+}
+
+/// What the kernel has only promised to a pool of hugetlb pages, it goes on promising until there is a page to be given back. The
+/// host has as many as the pool.
+#[test]
+fn a_pool_that_nobody_has_touched_lends_its_memory_too() {
+    let Some(_reserved) = HugePages::reserve_alone(BLOCKS) else {
+        return;
+    };
+    let pool = pool(PageSize::Huge2M, BLOCKS);
+    let others = Some(huge_pages::free()).filter(|pages| *pages > 0);
+    let others = others.map(|pages| vm_scrub_tests::pool(PageSize::Huge2M, pages));
+    let shareable = lease(&pool);
+    fill(&shareable, 1);
+    proven(&teardown(shareable));
+    assert_back(&pool);
+    drop(others);
 }
 
 /// No guest waits for the kernel in a pool that was populated up front, neither does one that comes after a shareable lease.
