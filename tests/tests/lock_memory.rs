@@ -236,7 +236,8 @@ fn not_revoked(builder: PoolBuilder, call: Call) -> (Pool, *mut u8) {
     let lease = pool.lease(&regions(&[(0, BLOCK_SIZE)])).unwrap();
     fill(&lease, 1);
     let window = lease.host_addresses()[0].1;
-    let fault = inject(call, 0, 1, libc::ENOMEM);
+    // An answer for which there is no other way round.
+    let fault = inject(call, 0, 1, libc::EINVAL);
     let receipt = teardown(lease);
     assert_eq!(fault.hits(), 1);
     assert_eq!(receipt.bytes_quarantined, BLOCK_SIZE);

@@ -80,7 +80,8 @@ impl std::error::Error for Error {
     }
 }
 
-/// Does `work` in a forked child and says whether it came to the end of it.
+/// Does `work` in a forked child and says whether it came to the end of it. A panic would end the thread that forked, which is the
+/// child's only one, and that is a success.
 #[cfg(test)]
 pub(crate) fn in_a_child(work: impl FnOnce() -> bool) -> bool {
     // SAFETY: the child calls nothing that waits for other threads of this process, and ends itself.
@@ -88,7 +89,7 @@ pub(crate) fn in_a_child(work: impl FnOnce() -> bool) -> bool {
         let child = libc::fork();
         assert!(child >= 0, "{}", io::Error::last_os_error());
         if child == 0 {
-            libc::_exit(i32::from(!work()));
+            libc::_exit(i32::from(!crate::embedder::survive(work).unwrap_or(false)));
         }
         let mut status = 0;
         assert_eq!(libc::waitpid(child, &raw mut status, 0), child);
