@@ -122,14 +122,14 @@ impl SharedFile {
         unsafe {
             if self.sealed {
                 map::map_shared_inaccessible(self.base.0, self.len, self.file.as_fd(), 0)?;
-                self.view = wanted;
                 keep_private(self.base.0, self.len);
                 map::make_readable(self.base.0, self.len)?;
             } else {
                 map_shared(self.base.0, self.len, self.file.as_fd(), 0)?;
-                self.view = wanted;
             }
         }
+        // Half-way there is nothing that could be accessed.
+        self.view = wanted;
         Ok(())
     }
 
