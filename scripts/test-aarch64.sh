@@ -20,6 +20,10 @@ skip backing::anonymous::tests::bytes_come_back_to_the_arena_and_the_window_is_c
 
 skip backing::shared::tests::a_sealed_file_is_read_through_another_view \
     'nor does a view that was closed refuse MADV_POPULATE_READ'
+skip backing::shared::tests::a_guest_gets_no_window_onto_another_file 'the same'
+skip backing::shared::tests::the_scrubber_gets_no_view_of_another_file 'the same'
+skip backing::anonymous::tests::what_cannot_be_locked_in_its_window_is_home_again 'the same'
+skip backing::anonymous::tests::what_cannot_be_moved_as_a_whole_is_home_again 'the same'
 skip lease::sealing::tests::what_breaks_when_it_is_zeroed_again_is_quarantined_by_its_number \
     'nor is memory that breaks found by asking for it'
 skip pool::withheld::tests::a_memory_error_is_not_forgotten_by_an_attempt_that_is_broken_off \
