@@ -116,7 +116,12 @@ pub fn assert_nothing_dirty_left(pool: &Pool) {
 
 /// A shareable lease of one block, written all over.
 pub fn dirty_shareable_block(pool: &Pool) -> Lease {
-    let options = LeaseOptions::new().shareable(true);
+    dirty_block(pool, true)
+}
+
+/// A lease of one block, written all over.
+pub fn dirty_block(pool: &Pool, shareable: bool) -> Lease {
+    let options = LeaseOptions::new().shareable(shareable);
     let lease = pool
         .lease_with(&regions(&[(0, BLOCK_SIZE)]), options)
         .unwrap();

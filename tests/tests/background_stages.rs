@@ -7,8 +7,7 @@ use std::time::Duration;
 use vm_scrub::lease::{Cancelled, QuarantineReason};
 use vm_scrub::test_support::{Call, Sabotage, build_sabotaged, inject};
 use vm_scrub::{
-    BLOCK_SIZE, Lease, LeaseOptions, PageSize, Policy, Pool, PoolBuilder, Priority, ScrubRate,
-    Ticket,
+    BLOCK_SIZE, Lease, PageSize, Policy, Pool, PoolBuilder, Priority, ScrubRate, Ticket,
 };
 use vm_scrub_tests::clock::StoppedClock;
 use vm_scrub_tests::peer::{self, Peer};
@@ -50,15 +49,6 @@ fn crawling_pool(page_size: PageSize, blocks: u64) -> (Pool, StoppedClock) {
     })
 }
 
-fn lease(pool: &Pool, shareable: bool) -> Lease {
-    let options = LeaseOptions::new().shareable(shareable);
-    let lease = pool
-        .lease_with(&regions(&[(0, BLOCK_SIZE)]), options)
-        .unwrap();
-    fill(&lease, 1);
-    lease
-}
-
 fn retire(lease: Lease) -> Ticket {
     let quiesced = quiesce(&lease);
     lease.retire(quiesced).unwrap()
@@ -82,7 +72,7 @@ fn work_until(clock: &StoppedClock, ticket: &Ticket, bytes: u64) {
 
 fn sealed_memory_is_read_back_at_the_same_pace(page_size: PageSize) {
     let (pool, clock) = crawling_pool(page_size, 2);
-    let ticket = retire(lease(&pool, true));
+    let ticket = retire(pools::dirty_block(&pool, true));
     assert_eq!(ticket.progress().bytes_total, 2 * BLOCK_SIZE);
     work_until(&clock, &ticket, (2 * PIECES - 1) * PIECE);
     clock.go_on(SECOND);
@@ -92,18 +82,18 @@ fn sealed_memory_is_read_back_at_the_same_pace(page_size: PageSize) {
     assert_eq!(pool.accounts().clean, 2 * BLOCK_SIZE);
 
     // Whoever waits is not slowed down, whatever is being done.
-    let ticket = retire(lease(&pool, true));
+    let ticket = retire(pools::dirty_block(&pool, true));
     work_until(&clock, &ticket, (PIECES + 1) * PIECE);
     assert!(ticket.wait().unwrap().is_proven());
     // Nor does the pool wait for the throttle when it goes.
-    let ticket = retire(lease(&pool, true));
+    let ticket = retire(pools::dirty_block(&pool, true));
     work_until(&clock, &ticket, (PIECES + 1) * PIECE);
     drop((ticket, pool));
 }
 
 fn what_is_sealed_is_not_handed_back_dirty(page_size: PageSize) {
     let (pool, clock) = crawling_pool(page_size, 2);
-    let ticket = retire(lease(&pool, true));
+    let ticket = retire(pools::dirty_block(&pool, true));
     work_until(&clock, &ticket, (PIECES + 2) * PIECE);
     let Cancelled::Finished(outcome) = ticket.cancel() else {
         panic!("nobody can zero it any more");
@@ -122,9 +112,9 @@ fn what_is_sealed_is_not_handed_back_dirty(page_size: PageSize) {
 
 fn reading_back_is_put_aside(page_size: PageSize) {
     let (pool, clock) = crawling_pool(page_size, 3);
-    let first = retire(lease(&pool, true));
+    let first = retire(pools::dirty_block(&pool, true));
     work_until(&clock, &first, (PIECES + 2) * PIECE);
-    let second = retire(lease(&pool, false));
+    let second = retire(pools::dirty_block(&pool, false));
     second.set_priority(Priority::High);
     work_until(&clock, &second, 3 * PIECE);
     assert_eq!(done(&first), (PIECES + 2) * PIECE);
@@ -135,7 +125,7 @@ fn reading_back_is_put_aside(page_size: PageSize) {
 
 fn what_could_not_be_sealed_is_zeroed_again_at_the_same_pace(page_size: PageSize) {
     let (pool, clock) = crawling_pool(page_size, 2);
-    let lease = lease(&pool, true);
+    let lease = pools::dirty_block(&pool, true);
     let file: Arc<File> = Arc::clone(lease.file_offsets()[0].1.arc());
     let mut peer = Peer::with(&file);
     drop(file);
@@ -164,7 +154,7 @@ fn what_cannot_be_sealed_is_not_tried_again(page_size: PageSize) {
     // Calls fail on this thread, which seals when it waits, unless the background thread, just awake, comes first.
     for _ in 0..100 {
         let (pool, clock) = crawling_pool(page_size, 2);
-        let ticket = retire(lease(&pool, true));
+        let ticket = retire(pools::dirty_block(&pool, true));
         work_until(&clock, &ticket, 2 * PIECE);
         let fault = inject(Call::AddSeals, 0, u32::MAX, libc::EPERM);
         let receipt = ticket.wait().unwrap();
@@ -189,7 +179,7 @@ fn a_second_chance_is_work_like_any_other(page_size: PageSize) {
     let (pool, clock) = crawling(pools::builder(page_size, 1), |builder| {
         build_sabotaged(builder, Sabotage::SkipScrub).unwrap()
     });
-    let ticket = retire(lease(&pool, false));
+    let ticket = retire(pools::dirty_block(&pool, false));
     clock.wait_until_asleep();
     for _ in 0..PIECES - 1 {
         clock.let_work(SECOND);

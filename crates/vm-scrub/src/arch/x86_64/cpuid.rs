@@ -3,23 +3,21 @@
 //! CPUID leaves the virtual machine, if this is one, which costs microseconds: callers keep the
 //! answers.
 
-use core::arch::x86_64::{__cpuid, __cpuid_count, CpuidResult};
+use core::arch::x86_64::{__cpuid_count, CpuidResult};
 #[cfg(not(miri))]
 use std::sync::OnceLock;
 
 /// Subleaf 0 of `leaf`, if the processor has that leaf; a leaf beyond the last one would answer
 /// with another's content.
-#[allow(
-    unused_unsafe,
-    reason = "safe to call since a later Rust than the oldest supported"
-)]
 pub(super) fn leaf(leaf: u32) -> Option<CpuidResult> {
+    // Safe to call since a later Rust than the oldest supported: by a pointer it is the same in both.
+    let cpuid: unsafe fn(u32, u32) -> CpuidResult = __cpuid_count;
     // The basic leaves count from 0, the extended ones from 0x8000_0000; the first of each names
     // the last.
     // SAFETY: every x86-64 processor has the instruction, and leaf 0.
-    let last = unsafe { __cpuid(leaf & 0x8000_0000) }.eax;
+    let last = unsafe { cpuid(leaf & 0x8000_0000, 0) }.eax;
     // SAFETY: as above, and the leaf is one that the processor has.
-    (leaf <= last).then(|| unsafe { __cpuid_count(leaf, 0) })
+    (leaf <= last).then(|| unsafe { cpuid(leaf, 0) })
 }
 
 /// Whether this processor flushes lines without an order among them (leaf 7, EBX bit 23).
