@@ -18,10 +18,10 @@ printf 'SKIPPED pagers: asks for what older kernels have, by the call that is re
 mapfile -t programs < <(basename -s .rs tests/tests/* | sed '/^pagers$/d; s/^/--test=/')
 [[ $# -eq 0 ]] || programs=("$@")
 
-cargo build --locked -p vm-scrub-tests --example as_linux
+cargo build --locked --workspace --example as_linux
 # Only the tests are to meet that kernel, and not what builds them.
 host=$(rustc -vV | sed -n 's/^host: //p' | tr 'a-z-' 'A-Z_')
 export "CARGO_TARGET_${host}_RUNNER=$PWD/target/debug/examples/as_linux $release"
-packages=(-p vm-scrub-tests)
-[[ $# -gt 0 ]] || packages+=(-p vm-scrub --features vm-scrub/test-support --lib)
-timeout --kill-after=10 3000 cargo test --locked --no-fail-fast "${packages[@]}" "${programs[@]}"
+# All of the workspace, as `cargo test --workspace` has built it.
+[[ $# -gt 0 ]] || programs+=(--lib)
+timeout --kill-after=10 3000 cargo test --locked --no-fail-fast --workspace "${programs[@]}"

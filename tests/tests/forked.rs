@@ -295,6 +295,23 @@ fn a_childs_tickets_are_refused() {
     assert_nothing_dirty_left(&pool);
 }
 
+/// A pool that a child builds is at home there, whatever its parent has.
+#[test]
+fn a_child_may_have_a_pool_of_its_own() {
+    let parents = pools::pool(PageSize::Base4K, 1);
+    in_a_child(|| {
+        let pool = pools::pool(PageSize::Base4K, 2);
+        assert!(teardown(pools::dirty_block(&pool, false)).is_proven());
+        let lease = pools::dirty_block(&pool, false);
+        let quiesced = quiesce(&lease);
+        let ticket = lease.retire(quiesced).unwrap();
+        assert!(ticket.wait_in_background().unwrap().is_proven());
+        assert_nothing_dirty_left(&pool);
+        true
+    });
+    assert_nothing_dirty_left(&parents);
+}
+
 #[test]
 fn a_child_seals_nothing_that_its_parent_withholds() {
     let pool = pools::builder(PageSize::Base4K, 2)
