@@ -26,7 +26,7 @@ case ${1-} in
         shift
         left_out=$long
         program_limit=240
-        machine_limit=900
+        machine_limit=1800
         ;;
     --ci)
         shift
