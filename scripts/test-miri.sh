@@ -25,4 +25,4 @@ timeout --kill-after=10 600 cargo +nightly miri test "${library[@]}" --no-run
 timeout --kill-after=10 600 cargo +nightly miri test "${library[@]}" -- "${tests[0]}"
 # Some tests in there build pools.
 timeout --kill-after=10 900 cargo +nightly miri test "${library[@]}" -- "${tests[@]:1}" \
-    --skip=lease::{retire,sealing,stages,unbalanced} --skip=pool::{background::tests::the_thread,withheld::tests}
+    --skip=lease::{retire,sealing,shared,stages,unbalanced} --skip=pool::{background::tests::the_thread,withheld::tests}
