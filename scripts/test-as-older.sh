@@ -18,10 +18,10 @@ printf 'SKIPPED pagers: asks for what older kernels have, by the call that is re
 mapfile -t programs < <(basename -s .rs tests/tests/* | sed '/^pagers$/d; s/^/--test=/')
 [[ $# -eq 0 ]] || programs=("$@")
 
-cargo build --locked --workspace --example as_linux
+cargo build --locked --example as_linux
 # Only the tests are to meet that kernel, and not what builds them.
 host=$(rustc -vV | sed -n 's/^host: //p' | tr 'a-z-' 'A-Z_')
 export "CARGO_TARGET_${host}_RUNNER=$PWD/target/debug/examples/as_linux $release"
-# All of the workspace, as `cargo test --workspace` has built it.
+# As `cargo test` has built them.
 [[ $# -gt 0 ]] || programs+=(--lib)
-timeout --kill-after=10 3000 cargo test --locked --no-fail-fast --workspace "${programs[@]}"
+timeout --kill-after=10 3000 cargo test --locked --no-fail-fast "${programs[@]}"

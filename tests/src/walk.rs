@@ -12,7 +12,7 @@ use crate::{
 };
 
 /// Blocks of each pool.
-pub const BLOCKS: u64 = 6;
+pub const BLOCKS: u64 = 4;
 
 /// `EINVAL` comes last: as the answer to `PAGEMAP_SCAN` it means that the kernel has no such thing, for ever.
 const ERRNOS: [i32; 5] = [
@@ -154,13 +154,13 @@ pub fn walk(
     });
 }
 
-/// A pool in which everything has been dirty once, and a neighbour in its second block, so that a guest of five blocks lies
+/// A pool in which everything has been dirty once, and a neighbour in its second block, so that a guest of three blocks lies
 /// in two pieces. Two regions, of which the second is the one in two pieces.
 pub fn neighbour(builder: PoolBuilder) -> (Pool, Lease) {
     let pool = builder.threads(1).build().unwrap();
     let first = pool.lease(&regions(&[(0, BLOCK_SIZE)])).unwrap();
     let second = pool.lease(&regions(&[(0, BLOCK_SIZE)])).unwrap();
-    let rest = pool.lease(&regions(&[(0, 4 * BLOCK_SIZE)])).unwrap();
+    let rest = pool.lease(&regions(&[(0, 2 * BLOCK_SIZE)])).unwrap();
     for lease in [&first, &second, &rest] {
         smear(lease, 1);
     }
@@ -191,7 +191,7 @@ pub fn of_teardown(page_size: PageSize) -> &'static [Call] {
 }
 
 /// A guest's regions.
-pub const GUEST: [(u64, u64); 2] = [(0, 2 * BLOCK_SIZE), (9 * BLOCK_SIZE, 3 * BLOCK_SIZE)];
+pub const GUEST: [(u64, u64); 2] = [(0, BLOCK_SIZE), (9 * BLOCK_SIZE, 2 * BLOCK_SIZE)];
 
 /// The books add up, the neighbour has noticed nothing, and no dirty byte can be leased.
 #[track_caller]
@@ -264,7 +264,7 @@ pub fn a_guest_is_torn_down(calls: &[Call], builder: impl Fn() -> PoolBuilder) {
             assert!(hits > 0);
             // One failure costs one piece of the guest at most.
             assert!(
-                lost <= if once { 2 } else { 5 },
+                lost <= if once { 2 } else { 3 },
                 "{call:?} {errno}: {lost} blocks"
             );
             for range in &receipt.quarantined {

@@ -39,7 +39,7 @@ fn neighbour(page_size: PageSize, populate: bool) -> (Pool, Lease) {
         smear(&lease, seed);
         lease
     });
-    let rest = pool.lease(&regions(&[(0, 4 * BLOCK_SIZE)])).unwrap();
+    let rest = pool.lease(&regions(&[(0, 2 * BLOCK_SIZE)])).unwrap();
     smear(&rest, 3);
     assert!(teardown(first).is_proven() && teardown(rest).is_proven());
     // The background thread gets no further than one piece: what is in quarantine stays there until it is asked for.
