@@ -14,7 +14,7 @@ const SHORT: [&str; 8] = [
     "--runs",
     "2",
     "--warmup",
-    "1",
+    "0",
     "--threads",
     "2",
 ];
