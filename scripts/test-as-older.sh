@@ -14,7 +14,6 @@ shift $(($# > 0))
 [[ $release =~ ^[0-9]+\.[0-9]+$ ]] || { sed -n '6,8s/^# //p' "$0" && exit 2; }
 
 # The pager in it has a userfaultfd of its own, and a filter cannot tell for what.
-printf 'SKIPPED pagers: asks for what older kernels have, by the call that is refused\n'
 mapfile -t programs < <(basename -s .rs tests/tests/* | sed '/^pagers$/d; s/^/--test=/')
 [[ $# -eq 0 ]] || programs=("$@")
 
@@ -23,5 +22,8 @@ cargo build --locked --example as_linux
 host=$(rustc -vV | sed -n 's/^host: //p' | tr 'a-z-' 'A-Z_')
 export "CARGO_TARGET_${host}_RUNNER=$PWD/target/debug/examples/as_linux $release"
 # As `cargo test` has built them.
-[[ $# -gt 0 ]] || programs+=(--lib)
+if [[ $# -eq 0 ]]; then
+    printf 'SKIPPED pagers: asks for what older kernels have, by the call that is refused\n'
+    programs+=(--lib)
+fi
 timeout --kill-after=10 3000 cargo test --locked --no-fail-fast "${programs[@]}"

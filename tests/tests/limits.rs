@@ -7,13 +7,14 @@ use log::Level;
 use std::ptr;
 
 use vm_scrub::lease::{LeaseError, QuarantineReason};
+use vm_scrub::test_support::{Call, inject};
 use vm_scrub::{
     BLOCK_SIZE, Lease, LeaseOptions, PageSize, Pool, PoolBuilder, Revocation, ScrubReceipt,
 };
 use vm_scrub_tests::child::{alone, with_huge_pages};
 use vm_scrub_tests::{
     HugePages, PAGE, assert_adds_up, assert_all_zero, assert_nothing_dirty_left, fill, huge_pages,
-    pools, quiesce, regions, smear,
+    pools, quiesce, regions, skipped, smear,
 };
 use vm_scrub_tests::{limits, logs};
 
@@ -342,4 +343,39 @@ fn a_limit_on_data_leaves_no_hole() {
         assert_eq!(receipt.revocation, pool.revocation());
         assert_nothing_dirty_left(&pool);
     });
+}
+
+/// What was made writable to move a guest there, and was not used, does not count against the limit for ever.
+#[test]
+fn a_move_that_is_refused_gives_its_share_of_a_limit_on_data_back() {
+    alone(
+        "a_move_that_is_refused_gives_its_share_of_a_limit_on_data_back",
+        || {
+            let pool = builder(PageSize::Base4K).build().unwrap();
+            if pool.revocation() != Revocation::Move {
+                return skipped(&"this kernel has no UFFDIO_MOVE");
+            }
+            let guest = || {
+                let lease = pool.lease(&regions(&[(0, BLOCKS * BLOCK_SIZE)])).unwrap();
+                fill(&lease, 1);
+                lease
+            };
+            let data = || limits::in_status("VmData:");
+            limits::set(libc::RLIMIT_DATA, data() + (1 << 30));
+            assert!(end(guest(), false).is_proven());
+            let before = data();
+            let lease = guest();
+            logs::listen();
+            let refused = inject(Call::Mremap, 0, 1, libc::ENOMEM);
+            let receipt = end(lease, false);
+            assert_eq!(refused.hits(), 1);
+            drop(refused);
+            assert!(logs::heard(Level::Warn, "vm.max_map_count"));
+            assert!(receipt.is_proven(), "{receipt:?}");
+            assert_eq!(receipt.revocation, Revocation::Mremap);
+            let after = data();
+            assert!(after < before + BLOCK_SIZE, "{before} and then {after}");
+            assert_nothing_dirty_left(&pool);
+        },
+    );
 }

@@ -13,7 +13,7 @@ use vm_scrub_tests::{
 };
 
 /// Hugetlb pages for one walk. A window that cannot be closed keeps its file for as long as the process lives.
-const HUGE_PAGES: u64 = 2 * BLOCKS + 20 * 5;
+const HUGE_PAGES: u64 = 2 * BLOCKS + 20 * 4;
 
 fn shareable(pool: &Pool) -> Result<Lease, LeaseError> {
     let options = LeaseOptions::new().shareable(true);
@@ -39,7 +39,7 @@ fn neighbour(page_size: PageSize, populate: bool) -> (Pool, Lease) {
         smear(&lease, seed);
         lease
     });
-    let rest = pool.lease(&regions(&[(0, 2 * BLOCK_SIZE)])).unwrap();
+    let rest = pool.lease(&regions(&[(0, 3 * BLOCK_SIZE)])).unwrap();
     smear(&rest, 3);
     assert!(teardown(first).is_proven() && teardown(rest).is_proven());
     // The background thread gets no further than one piece: what is in quarantine stays there until it is asked for.

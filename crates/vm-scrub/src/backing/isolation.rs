@@ -72,8 +72,8 @@ impl Isolation {
         })
     }
 
-    /// Moves the pages of a window into the lock, in one step for each mapping. [`Staged::No`], with nothing changed, if there may
-    /// not be so much writable memory.
+    /// Moves the pages of a window into the lock, in one step for each mapping. [`Staged::No`], with nothing moved and the lock closed,
+    /// if there may not be so much writable memory, or not one more mapping.
     ///
     /// # Safety
     /// The window must be the caller's, and have been granted `[offset, offset + len)` of the arena.
@@ -88,15 +88,20 @@ impl Isolation {
         // window is the caller's.
         unsafe {
             // As for granting: a move that fails for that limit has unmapped its destination.
-            if map::data_is_limited()
-                && let Err(error) = map::make_writable(staged, len)
-            {
+            let is_limited = map::data_is_limited();
+            if is_limited && let Err(error) = map::make_writable(staged, len) {
                 return Ok(Staged::No(error));
             }
             match move_pieces(window, staged, len) {
                 Ok(()) => Ok(Staged::Yes),
-                // The kernel keeps account of what could be written (`vm.overcommit_memory`).
-                Err((0, error)) if error.errno() == Some(libc::ENOMEM) => Ok(Staged::No(error)),
+                // The kernel keeps account of what could be written (`vm.overcommit_memory`), and of mappings (`vm.max_map_count`).
+                Err((0, error)) if error.errno() == Some(libc::ENOMEM) => {
+                    // What was made writable would count against the limit.
+                    if is_limited {
+                        self.close(&(offset..offset + len), &[]);
+                    }
+                    Ok(Staged::No(error))
+                }
                 Err((_, error)) => Err(error),
             }
         }
