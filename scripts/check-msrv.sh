@@ -10,4 +10,4 @@ if ! rustup run "$version" rustc --version >/dev/null 2>&1 &&
     exit
 fi
 timeout --kill-after=10 600 cargo "+$version" check --locked --all-targets
-printf '\nRust %s builds everything but the benches\n' "$version"
+printf '\nchecked with Rust %s: everything but the benches\n' "$version"

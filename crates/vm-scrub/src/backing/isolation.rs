@@ -36,7 +36,7 @@ pub(crate) struct Isolation {
 #[derive(Debug)]
 pub(super) enum Staged {
     Yes,
-    /// Nothing has changed.
+    /// Nothing was moved.
     No(sys::Error),
 }
 
@@ -72,8 +72,8 @@ impl Isolation {
         })
     }
 
-    /// Moves the pages of a window into the lock, in one step for each mapping. [`Staged::No`], with nothing moved and the lock closed,
-    /// if there may not be so much writable memory, or not one more mapping.
+    /// Moves the pages of a window into the lock, in one step for each mapping. [`Staged::No`] if there may not be so much writable
+    /// memory, or not one more mapping.
     ///
     /// # Safety
     /// The window must be the caller's, and have been granted `[offset, offset + len)` of the arena.
@@ -85,7 +85,7 @@ impl Isolation {
     ) -> sys::Result<Staged> {
         let staged = self.lock.at(offset);
         // SAFETY: this part of the lock is empty and goes with the arena's range, which the caller has been granted; the
-        // window is the caller's.
+        // window is the caller's. It is closed only where nothing was moved to it, so it is still empty.
         unsafe {
             // As for granting: a move that fails for that limit has unmapped its destination.
             let is_limited = map::data_is_limited();
@@ -94,15 +94,18 @@ impl Isolation {
             }
             match move_pieces(window, staged, len) {
                 Ok(()) => Ok(Staged::Yes),
-                // The kernel keeps account of what could be written (`vm.overcommit_memory`), and of mappings (`vm.max_map_count`).
-                Err((0, error)) if error.errno() == Some(libc::ENOMEM) => {
+                Err((moved, error)) => {
                     // What was made writable would count against the limit.
-                    if is_limited {
+                    if is_limited && moved == 0 {
                         self.close(&(offset..offset + len), &[]);
                     }
-                    Ok(Staged::No(error))
+                    // The kernel keeps account of what could be written (`vm.overcommit_memory`), and of mappings (`vm.max_map_count`).
+                    if moved == 0 && error.errno() == Some(libc::ENOMEM) {
+                        Ok(Staged::No(error))
+                    } else {
+                        Err(error)
+                    }
                 }
-                Err((_, error)) => Err(error),
             }
         }
     }

@@ -227,8 +227,8 @@ impl AnonymousArena {
             if let Staged::No(error) = isolation.stage(offset, window, len)? {
                 // Before anything has changed: the embedder's logger may panic.
                 log::warn!(
-                    "{len} bytes are revoked without proof: RLIMIT_DATA, vm.overcommit_memory or vm.max_map_count leaves no room for \
-                     one more mapping of them: {error}"
+                    "revoking {len} bytes without proof: RLIMIT_DATA, vm.overcommit_memory or vm.max_map_count leaves no room for one \
+                     more mapping of them: {error}"
                 );
                 return self.take_back(offset, window, len);
             }
