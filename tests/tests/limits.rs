@@ -16,7 +16,7 @@ use vm_scrub_tests::{
     HugePages, PAGE, assert_adds_up, assert_all_zero, assert_nothing_dirty_left, fill, huge_pages,
     pools, quiesce, regions, skipped, smear,
 };
-use vm_scrub_tests::{limits, logs};
+use vm_scrub_tests::{limits, logs, numa};
 
 const BLOCKS: u64 = 8;
 const GUEST: [(u64, u64); 2] = [(0, 2 * BLOCK_SIZE), (1 << 32, BLOCK_SIZE)];
@@ -384,6 +384,41 @@ fn a_move_that_is_refused_gives_its_share_of_a_limit_on_data_back() {
             assert_eq!(receipt.bytes_quarantined, BLOCKS * BLOCK_SIZE);
             assert!(after < before + 9 * BLOCK_SIZE, "{before} and then {after}");
             assert_nothing_dirty_left(&pool);
+        },
+    );
+}
+
+/// A move that stops half-way has left a part of the guest where it was to go, and nothing of that may be dropped: the limit or not.
+#[test]
+fn what_was_moved_within_a_limit_on_data_before_a_failure_stays_in_quarantine() {
+    alone(
+        "what_was_moved_within_a_limit_on_data_before_a_failure_stays_in_quarantine",
+        || {
+            let Some(node) = numa::node() else { return };
+            // Asking whether it is one mapping, and moving it: first of the whole, then of each half.
+            for skip in 0..5 {
+                let pool = builder(PageSize::Base4K).build().unwrap();
+                if pool.revocation() != Revocation::Move {
+                    return skipped(&"this kernel has no UFFDIO_MOVE");
+                }
+                limits::set(libc::RLIMIT_DATA, limits::in_status("VmData:") + (1 << 30));
+                let bytes = BLOCKS * BLOCK_SIZE;
+                let lease = pool.lease(&regions(&[(0, bytes)])).unwrap();
+                fill(&lease, 1);
+                let half = (bytes / 2) as usize;
+                let start = lease.host_addresses().remove(0).1.wrapping_add(half);
+                // SAFETY: this half of the guest's memory is the test's. It has a border that nothing undoes.
+                unsafe { numa::prefer(node, start, half) };
+                let populated = || limits::in_status("RssAnon:");
+                let before = populated();
+                let refused = inject(Call::Mremap, skip, 1, libc::EPERM);
+                let receipt = end(lease, false);
+                let hits = refused.hits();
+                drop(refused);
+                assert_eq!((hits, receipt.bytes_quarantined), (1, bytes), "{skip}");
+                let after = populated();
+                assert!(after + BLOCK_SIZE > before, "{before} and then {after}");
+            }
         },
     );
 }
