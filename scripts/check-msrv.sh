@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Checks with the oldest compiler that Cargo.toml promises what `cargo run` and `cargo test` build. The benches may need a later one. Installs it if it is missing; where it cannot be had, says so.
+# Checks with the oldest compiler that Cargo.toml promises what `cargo run` and `cargo test` build. The benches may need a later one.
+# Installs it if it is missing; where it cannot be had, says so.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
